@@ -1,0 +1,61 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""What every test stands on: checked shapes, strict promotion, keys, a clean slate."""
+
+import importlib.util
+import pathlib
+import zlib
+
+import chex
+import jax
+import jaxtyping
+import pytest
+
+# The hook rewrites modules while they load, so it must stand before the first import of ours.
+_CHECKER = "beartype.beartype" if importlib.util.find_spec("beartype") else None
+if _CHECKER:
+    jaxtyping.install_import_hook(["sparda_jax", "pallas_kernels"], _CHECKER)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # The first example compiles, so no deadline; no database: a run depends on nothing else.
+    hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config):
+    """Run on the CPU unless the gpu tier was asked for."""
+    expression = config.getoption("markexpr")
+    if "gpu" not in expression.replace("not gpu", ""):
+        jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture
+def key(request):
+    """Give each test its own PRNG key, the same in every run."""
+    return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def no_shape_hook():
+    """Let a wrong shape reach our own error."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Give the folder of golden values: `golden / "functions" / "name.npz"`."""
+    return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate():
+    """Keep trace counts from leaking into the next test."""
+    chex.clear_trace_counter()
