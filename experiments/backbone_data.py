@@ -195,17 +195,17 @@ def _make_text(
 def _make_needles(
     rng: np.random.Generator, corpus: PackedCorpus, seq_len: int, sequence: _Sequence
 ) -> None:
-    """Text with a needle or a question every 100 to 1,000 bytes, then a run of questions.
+    """Text with a needle or a question every 100 to 800 bytes, then a run of questions.
 
     In the middle, half of the questions ask for one of all needles so far, the others for one of
     the last few. The run at the end asks for different ones in random order.
     """
-    events = max(2, int(seq_len / _log_uniform(rng, 100, 1000)))
-    asks_at = rng.random(events) < rng.choice([0.0, 0.3, 0.6])
+    events = max(2, int(seq_len / _log_uniform(rng, 100, 800)))
+    asks_at = rng.random(events) < rng.choice([0.2, 0.5, 0.7])
     asks_at[0] = False
     number = int(np.count_nonzero(~asks_at))
     lines, answer = _note_lines(rng, number)
-    closing = rng.permutation(number)[: int(_log_uniform(rng, 1, 40))]
+    closing = rng.permutation(number)[: int(_log_uniform(rng, 4, 64))]
     room = seq_len - (events + len(closing)) * lines.shape[1]
     text = text_window(rng, corpus, room)
     previous, said = 0, 0

@@ -7,7 +7,9 @@ licence, so the small backbone needs no download. The split is by file name: the
 `HELDOUT_NAMES` are never trained on, and neither is any other file with the same content.
 
 What is trained on is the library of one Python release. `pack` writes it down once, with a sha256
-for every file, so that a training run elsewhere reads the same bytes.
+for every file, so that a training run elsewhere reads the same bytes:
+
+    python -m experiments.corpus --out runs/corpus
 """
 
 import dataclasses
@@ -92,7 +94,6 @@ HELDOUT_NAMES = (
     "smtplib.py",
     "socketserver.py",
     "statistics.py",
-    "string.py",
     "symtable.py",
     "tabnanny.py",
     "tempfile.py",
@@ -111,6 +112,21 @@ HELDOUT_NAMES = (
 """Files that are never trained on, named relative to the standard library's folder."""
 
 Split = Literal["training", "heldout"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where the corpus goes.
+
+    Attributes:
+        out: the folder for the packed corpus, both splits.
+        heldout: the folder for held-out documents as text files; None writes none.
+        heldout_count: how many of them.
+    """
+
+    out: Path
+    heldout: Path | None = None
+    heldout_count: int = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +365,18 @@ def pack(folder: Path) -> Path:
     return folder
 
 
+def main(config: Config) -> dict[str, int]:
+    """Pack the corpus, and write held-out documents if a folder for them is given.
+
+    Returns:
+        the bytes of each split.
+    """
+    pack(config.out)
+    if config.heldout is not None:
+        write_heldout(config.heldout, count=config.heldout_count)
+    return manifest()["bytes"]
+
+
 def load_packed(folder: Path, *, split: Split = "training") -> PackedCorpus:
     """Open what `pack` wrote, memory-mapped.
 
@@ -377,3 +405,10 @@ def load_packed(folder: Path, *, split: Split = "training") -> PackedCorpus:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    for split, size in main(tyro.cli(Config)).items():
+        print(f"{split}: {size} bytes")

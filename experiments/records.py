@@ -105,8 +105,6 @@ def collect(
         commit = _git("rev-parse", "HEAD")
         if commit is None:
             raise ValueError(f"{commit=}: git knows no commit here; pass commit= (and dirty=)")
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
     return Record(
         experiment=experiment,
         command=command,
@@ -116,8 +114,8 @@ def collect(
         device=jax.devices()[0].device_kind,
         devices=jax.device_count() if devices is None else devices,
         versions=_versions(),
-        config={str(name): _plain(value) for name, value in config.items()},
-        rows=[{str(name): _plain(value) for name, value in row.items()} for row in rows],
+        config=_plain(config),
+        rows=[_plain(row) for row in rows],
     )
 
 
@@ -228,11 +226,10 @@ def _check(content: Any, *, where: str) -> None:
     if not isinstance(content, dict) or set(content) != set(names):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{where} must have exactly the fields {sorted(names)}, not {found}")
-    for field in dataclasses.fields(Record):
-        kind = typing.get_origin(field.type) or field.type
-        value = content[field.name]
+    for name, hint in typing.get_type_hints(Record).items():
+        kind, value = typing.get_origin(hint) or hint, content[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"{where}: {field.name}={value!r} must be of type {kind.__name__}")
+            raise ValueError(f"{where}: {name}={value!r} must be of type {kind.__name__}")
     if content["dirty"]:
         raise ValueError(f"{where}: dirty=True; commit the changes and run again")
     if not re.fullmatch(r"[A-Za-z_]\w*", content["experiment"]):

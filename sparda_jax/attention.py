@@ -21,7 +21,6 @@ from sparda_jax.config import ModelConfig
 from sparda_jax.layers import init_forecast, init_weight
 from sparda_jax.pooling import LOWEST
 from sparda_jax.rope import Rope, apply_rope
-from sparda_jax.selection import block_mask
 
 
 class Attention(nnx.Module):
@@ -302,24 +301,43 @@ def attend_masked(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    block_ids: Int[Array, "B T K J"],
+    blocks: Bool[Array, "B T K M"] | None,
     positions: Int[Array, "B T"],
     key_bias: Float[Array, "B S K"] | None = None,
     *,
     block_size: int,
     tile_q: int = 1024,
 ) -> Float[Array, "B T N H"]:
-    """Attend to the chosen blocks under a mask: the same result as `attend_chosen`.
+    """Attend to the marked blocks under a mask: the same result as `attend_chosen`.
 
     For whole sequences only, T = S with query t at position t: tile i of the queries sees a static
-    prefix of the keys. Each tile is recomputed in the backward pass. Arguments as `attend_chosen`.
+    prefix of the keys. Each tile is recomputed in the backward pass.
+
+    Args:
+        q: rotated queries.
+        k: rotated keys.
+        v: values.
+        blocks: which blocks each (query, KV head) reads, see `selection.block_mask`; `None` for
+            all of them.
+        positions: of the queries; −1 gives zeros.
+        key_bias: added to the logits, per key and KV head, f32.
+        block_size: W.
+        tile_q: queries in one tile.
+
+    Returns:
+        The attended values in the dtype of `q`; zeros for a row that sees nothing.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
 
     def one_tile(
-        queries: Array, keys: Array, values: Array, ids: Array, at: Array, bias: Array | None
+        queries: Array,
+        keys: Array,
+        values: Array,
+        marked: Array | None,
+        at: Array,
+        bias: Array | None,
     ) -> Array:
         count, end = queries.shape[1], keys.shape[1]
         grouped = queries.reshape(batch, count, kv_heads, group, dim)
@@ -328,7 +346,11 @@ def attend_masked(
         ) * (dim**-0.5)
         if bias is not None:
             logits = logits + bias.transpose(0, 2, 1)[:, :, None, None, :]
-        seen = _token_mask(ids, at, end, block_size)[:, :, None]  # [B K 1 T S]
+        seen = jnp.arange(end)[None, None, :] <= at[:, :, None]
+        seen = seen[:, None, None]  # [B 1 1 T S]
+        if marked is not None:
+            tokens = jnp.repeat(marked, block_size, axis=-1)[..., :end]
+            seen = seen & tokens.transpose(0, 2, 1, 3)[:, :, None]
         logits = jnp.where(seen, logits, LOWEST)
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         mass = jnp.where(seen, jnp.exp(logits - top), 0.0)
@@ -343,17 +365,16 @@ def attend_masked(
         end = min(start + tile_q, length)
         now, past = slice(start, end), slice(0, end)
         bias = None if key_bias is None else key_bias[:, past]
-        outs.append(
-            tile_fn(q[:, now], k[:, past], v[:, past], block_ids[:, now], positions[:, now], bias)
-        )
+        marked = None if blocks is None else blocks[:, now, :, : -(-end // block_size)]
+        outs.append(tile_fn(q[:, now], k[:, past], v[:, past], marked, positions[:, now], bias))
     return jnp.concatenate(outs, axis=1)
 
 
-def _token_mask(
-    ids: Int[Array, "B T K J"], positions: Int[Array, "B T"], length: int, block_size: int
-) -> Bool[Array, "B K T S"]:
-    """Mark the tokens of the chosen blocks up to each query."""
-    blocks = -(-length // block_size)
-    mask = jnp.repeat(block_mask(ids, blocks), block_size, axis=-1)[..., :length]
-    past = jnp.arange(length)[None, None, :] <= positions[:, :, None]
-    return (mask & past[:, :, None, :]).transpose(0, 2, 1, 3)
+def attend_cudnn(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
+    """Attend causally to whole sequences, T = S, with cuDNN: bf16 on an NVIDIA GPU only.
+
+    Rows of padding hold what a causal row holds, not zeros.
+    """
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

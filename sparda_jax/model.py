@@ -8,6 +8,7 @@ generation run the same `run_chunk`.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Literal
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.attention import (
     Attention,
     attend_chosen,
+    attend_cudnn,
     attend_dense,
     attend_masked,
     map_tiles,
@@ -27,9 +29,13 @@ from sparda_jax.attention import (
 from sparda_jax.config import ModelConfig
 from sparda_jax.layers import MLP, RMSNorm, init_weight
 from sparda_jax.rope import Rope, make_rope
-from sparda_jax.selection import BlockChoice, choice_width, select_blocks
+from sparda_jax.selection import BlockChoice, block_mask, choice_width, select_blocks
 from sparda_jax.selectors import KeySummary, Probe, Selector, resolve
 from sparda_jax.shapes import NO_BLOCK, Mode, Parity
+
+AttentionPath = Literal["gather", "mask", "cudnn"]
+"""How blocks are read: `gather` the chosen ones only; `mask` all of them under a mask, which is
+differentiable; `cudnn` as `mask`, and by cuDNN where every block is read."""
 
 Observer = Callable[[str, int, object], None]
 """Is told (name, layer, value) while a program is traced: for tests, recall and notebooks."""
@@ -120,7 +126,7 @@ class Plan:
         config: of the model.
         selector: ranks the blocks; `None` attends to everything.
         width: ids in a choice.
-        attention: how chosen blocks are read: gathered, or under a mask (differentiable).
+        attention: how blocks are read.
         parity: `None` for the correct rules.
         remat: recompute each layer in the backward pass.
         tile_bytes: bound on what one tile of queries may gather or score.
@@ -129,7 +135,7 @@ class Plan:
     config: ModelConfig
     selector: Selector | None
     width: int
-    attention: Literal["gather", "mask"] = "gather"
+    attention: AttentionPath = "gather"
     parity: Parity = None
     remat: bool = False
     tile_bytes: int = 64 << 20
@@ -150,9 +156,10 @@ def make_plan(
     max_length: int,
     shortest: int | None = None,
     selector: str | Selector | None = None,
-    attention: Literal["gather", "mask"] = "gather",
+    attention: AttentionPath = "gather",
     parity: Parity = None,
     remat: bool = False,
+    tile_bytes: int | None = None,
 ) -> Plan:
     """Resolve a mode to a plan for sequences of up to `max_length` tokens.
 
@@ -165,7 +172,11 @@ def make_plan(
         attention: `gather` or `mask`.
         parity: as in `forward`.
         remat: as in `forward`.
+        tile_bytes: bound on what one tile of queries may gather or score; `None` takes 1 GiB on a
+            GPU and 64 MiB on a CPU.
     """
+    if tile_bytes is None:
+        tile_bytes = 64 << 20 if jax.default_backend() == "cpu" else 1 << 30
     sparse = config.sparse
     chosen = resolve(mode, config, selector, parity)
     return Plan(
@@ -175,6 +186,7 @@ def make_plan(
         attention=attention,
         parity=parity,
         remat=remat,
+        tile_bytes=tile_bytes,
     )
 
 
@@ -245,20 +257,29 @@ def attend_chunk(
     bias = cache.importance
     if bias is not None and plan.parity is not None:  # the original drops it in dense attention
         bias = jnp.where(attend_all[:, None, None] | (plan.selector is None), 0.0, bias)
+    whole = functools.partial(
+        attend_masked,
+        q,
+        cache.k,
+        cache.v,
+        block_size=sparse.block_size,
+        tile_q=max(1024, -(-q.shape[1] // 4)),
+    )
     if plan.selector is None:
+        if plan.attention == "cudnn":
+            if bias is not None:
+                raise ValueError("attention='cudnn' has no bias per key; use 'mask' or 'gather'")
+            return attend_cudnn(q, cache.k, cache.v), None
         if plan.attention == "mask":
-            every = jnp.arange(sparse.blocks(q.shape[1]))[None, None, None, :]
-            every = jnp.broadcast_to(every, (*q.shape[:2], plan.config.kv_heads, every.shape[3]))
-            return attend_masked(
-                q, cache.k, cache.v, every, positions, bias, block_size=sparse.block_size
-            ), None
+            return whole(blocks=None, positions=positions, key_bias=bias), None
         return attend_dense(q, cache.k, cache.v, positions, bias), None
 
     num_blocks = sparse.blocks(cache.k.shape[1])
+    summary = cache.summary if plan.attention == "gather" else jax.lax.stop_gradient(cache.summary)
 
     def choose(probe: Probe, at: Array) -> BlockChoice:
         with jax.named_scope("score_blocks"):
-            scores = plan.selector.score_blocks(probe, cache.summary, at, lengths, num_blocks)
+            scores = plan.selector.score_blocks(probe, summary, at, lengths, num_blocks)
         with jax.named_scope("select_blocks"):
             return select_blocks(
                 scores,
@@ -271,12 +292,15 @@ def attend_chunk(
 
     tile = plan.tile(q.shape[0], cache.k.shape[1])
     fill = jax.tree.map(lambda _: 0, probe)
-    if plan.attention == "mask":
-        frozen = jax.lax.stop_gradient(probe)
-        choice = map_tiles(lambda a: choose(*a), (frozen, positions), tile, (fill, -1))
-        return attend_masked(
-            q, cache.k, cache.v, choice.ids, positions, bias, block_size=sparse.block_size
-        ), choice
+    if plan.attention != "gather":
+
+        def choose_and_mark(args: tuple[Probe, Array]) -> tuple[BlockChoice, Array]:
+            choice = choose(*args)
+            return choice, block_mask(choice.ids, num_blocks)
+
+        frozen = jax.lax.stop_gradient((probe, positions))
+        choice, marked = map_tiles(choose_and_mark, frozen, tile, (fill, -1))
+        return whole(blocks=marked, positions=positions, key_bias=bias), choice
     choice = map_tiles(lambda a: choose(*a), (probe, positions), tile, (fill, -1))
     y = attend_chosen(
         q,
@@ -375,7 +399,7 @@ def forward(
     selector: str | Selector | None = None,
     logits: Literal["all", "last"] | Int[Array, "B P"] = "all",
     return_choices: bool = False,
-    attention: Literal["gather", "mask"] = "gather",
+    attention: AttentionPath = "gather",
     remat: bool = False,
     parity: Parity = None,
     observe: Observer | None = None,
@@ -391,7 +415,7 @@ def forward(
         logits: for `all` positions, for the `last` real one of each row, or for given positions.
         return_choices: return the chosen block ids of every layer as well.
         attention: `gather` reads chosen blocks only; `mask` computes all scores and is
-            differentiable.
+            differentiable; `cudnn` as `mask`, with cuDNN in dense mode.
         remat: recompute each layer in the backward pass.
         parity: `"reference"` repeats the original's deviations, for comparison.
         observe: told about inputs, queries, probes and caches while tracing.

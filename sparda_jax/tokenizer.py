@@ -216,7 +216,7 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """Take one id and return the text that it completes, possibly none."""
-        self._ids.append(int(token))
+        self._ids.append(token)
         new = self._new_text()
         if new.endswith(_REPLACEMENT):
             return ""

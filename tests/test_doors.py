@@ -10,7 +10,11 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from sparda_jax import shapes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARIES = [name for name in ("sparda_jax", "pallas_kernels") if (ROOT / name).is_dir()]
@@ -157,11 +161,16 @@ print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & set
     assert run.stdout.split() == []
 
 
-def test_every_public_name_exists_and_is_named_once():
-    library = importlib.import_module("sparda_jax")
-    names = list(library.__all__)
-    assert len(set(names)) == len(names)
-    assert not [name for name in names if not hasattr(library, name)]
+@pytest.mark.parametrize("package", LIBRARIES)
+def test_every_public_name_is_declared_once_and_exists(package):
+    library = importlib.import_module(package)
+    declared = list(getattr(library, "__all__", []))
+    tree = parse(ROOT / package / "__init__.py")
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    gathered = {alias.asname or alias.name for node in nodes for alias in node.names}
+    assert len(set(declared)) == len(declared)
+    assert not [name for name in declared if not hasattr(library, name)]
+    assert {name for name in gathered if not name.startswith("_")} <= set(declared)
 
 
 @pytest.mark.parametrize(("name", "path"), everything(*LIBRARIES))
@@ -226,6 +235,22 @@ def test_an_absolute_path_is_told_from_a_url_and_a_relative_path(top):
     assert not absolute(f"https://example.org/{top}/x")
     assert not absolute(f"runs/{top}/x and ./{top}/x")
     assert not absolute(f"#!/{top}/bin/env bash")
+
+
+def test_the_shape_hook_checks_the_library_unless_a_test_turns_it_off(request):
+    pytest.importorskip("beartype", reason="beartype is not installed: extra `dev`")
+    with pytest.raises(jaxtyping.TypeCheckError, match="blocks_in"):
+        shapes.blocks_in("many", 64)
+    request.getfixturevalue("no_shape_hook")
+    with pytest.raises(TypeError, match="unary"):
+        shapes.blocks_in("many", 64)
+
+
+def test_tests_run_under_strict_promotion_of_dtypes_and_ranks():
+    with pytest.raises(ValueError, match="jax_numpy_dtype_promotion=strict"):
+        jnp.ones(2, jnp.int32) + jnp.ones(2, jnp.float32)
+    with pytest.raises(ValueError, match=r"jax_numpy_rank_promotion=.raise"):
+        jnp.ones(2) + jnp.ones((2, 2))
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):

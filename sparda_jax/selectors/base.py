@@ -4,7 +4,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Source:
     probe_layer: int
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Ranks the KV blocks of a layer. Knows scores; knows nothing of memory.
 

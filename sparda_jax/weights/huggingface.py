@@ -23,7 +23,7 @@ from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.layers import init_forecast
 from sparda_jax.model import SpardaLM
 from sparda_jax.weights import sparda_torch
-from sparda_jax.weights.config import Dtype, parse_config
+from sparda_jax.weights.config import Dtype, parse_config, parse_sparse
 from sparda_jax.weights.folder import HEADS, Shards, read_json, resolve_folder
 from sparda_jax.weights.names import (
     Target,
@@ -113,7 +113,7 @@ def load_backbone(
     if mesh is not None:
         _note_copies(targets, mesh)
     total, done = sum(entries[name].size_bytes for name in targets), 0
-    arrays: dict[str, Float[Array, "..."]] = {}
+    arrays: dict[str, Array] = {}
     for name in (name for name in entries if name in targets):
         arrays[targets[name].path] = _place(shards.read(name), targets[name], config.dtype, mesh)
         done += entries[name].size_bytes
@@ -127,10 +127,12 @@ def _is_tied_copy(name: str, config: ModelConfig, shards: Shards) -> bool:
     embedding = "model.embed_tokens.weight"
     if name != "lm_head.weight" or not config.tie_embeddings or embedding not in shards.entries:
         return False
-    ours, tied = shards.entries[name], shards.entries[embedding]
-    if (ours.shape, ours.dtype) != (tied.shape, tied.dtype):
+    head, tied = shards.entries[name], shards.entries[embedding]
+    if (head.shape, head.dtype) != (tied.shape, tied.dtype):
         return False
-    return bool(np.array_equal(shards.read(name).view(np.uint8), shards.read(embedding).view("u1")))
+    return bool(
+        np.array_equal(shards.read(name).view(np.uint8), shards.read(embedding).view(np.uint8))
+    )
 
 
 def _place(
@@ -199,6 +201,7 @@ def _place_heads(
 ) -> dict[str, Float[Array, "D K H"]]:
     paths = sparda_torch.head_paths(config)
     if heads is not None:
+        _note_other_rule(heads, config)
         arrays = dict(zip(paths, (*heads.forecast, heads.entry), strict=True))
     else:
         _LOG.warning(
@@ -215,6 +218,17 @@ def _place_heads(
         where = NamedSharding(mesh, spec)
     dtype = jnp.dtype(config.dtype)
     return {path: jax.device_put(array.astype(dtype), where) for path, array in arrays.items()}
+
+
+def _note_other_rule(heads: sparda_torch.ForecastHeads, config: ModelConfig) -> None:
+    """Say so when heads were trained on another grid of blocks or pooled keys than the model's."""
+    if not heads.sparse_config:
+        return
+    rule = parse_sparse(heads.sparse_config)
+    for name in ("block_size", "pool_size", "pool_stride"):
+        theirs, ours = getattr(rule, name), getattr(config.sparse, name)
+        if theirs != ours:
+            _LOG.warning("the heads were trained with %s=%d, the model has %d", name, theirs, ours)
 
 
 def assemble(config: ModelConfig, arrays: Mapping[str, Float[Array, "..."]]) -> SpardaLM:

@@ -242,7 +242,9 @@ def _grouped(lines: Sequence[tuple[str, str]]) -> list[str]:
     return result
 
 
-def specification(target: Target, mesh: jax.sharding.Mesh) -> jax.sharding.PartitionSpec:
+def specification(
+    target: Target, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> jax.sharding.PartitionSpec:
     """Shard one axis of a parameter over the mesh axis `model`: heads, MLP width or vocabulary.
 
     Args:

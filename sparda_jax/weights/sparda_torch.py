@@ -295,12 +295,12 @@ def save_forecast_heads(
     rule = heads.sparse_config if sparse is None else sparse_to_json(sparse)
     tensors = _export(heads)
     if form == "torch":
-        value = {"step": heads.step or 0, "model_state_dict": tensors}
-        value |= {"sparse_config": dict(rule or {}), "base_model_path": heads.model or ""}
-        write_torch_file(path, value)
+        known_notes = {"step": heads.step, "sparse_config": rule, "base_model_path": heads.model}
+        notes = {name: value for name, value in known_notes.items() if value is not None}
+        write_torch_file(path, {"model_state_dict": tensors, **notes})
         return
-    notes: dict[str, Any] = {"model": heads.model, "step": heads.step, "sparse_config": rule}
-    notes = {name: value for name, value in notes.items() if value is not None}
+    known_notes = {"step": heads.step, "sparse_config": rule, "model": heads.model}
+    notes = {name: value for name, value in known_notes.items() if value is not None}
     metadata = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in notes.items()

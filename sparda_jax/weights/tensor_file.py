@@ -201,10 +201,10 @@ def write_tensor_file(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = tensor.make()
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(
                     f"{tensor.name} was planned as {tensor.dtype}{list(tensor.shape)} but is "
                     f"{array.dtype}{list(array.shape)}"
                 )
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))

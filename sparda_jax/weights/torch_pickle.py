@@ -9,14 +9,13 @@ holds random state becomes an inert placeholder. Any other name refuses the file
 """
 
 import collections
-import dataclasses
 import io
 import pathlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -37,18 +36,6 @@ _STORAGES = {
 }
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 
-# How a trainer's random state spells NumPy arrays; `encode` is how their bytes stand in old pickles.
-_INERT = frozenset(
-    {
-        ("_codecs", "encode"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-    }
-)
 _MAX_PICKLE = 1 << 26
 _PROTOCOL = 2
 
@@ -60,8 +47,7 @@ class Placeholder:
         """Forget the state."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a torch file, not yet read.
 
     Attributes:
@@ -81,61 +67,87 @@ class StoredTensor:
     strides: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _StorageType:
-    name: str
+class _StorageType(NamedTuple):
+    dtype: np.dtype
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+class _Answer:
+    """A function of ours that a pickle may call, but not change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it sets attributes of a function")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds plain values; every name that a pickle calls is answered here, never imported.
-
-    The answers are bound methods: a pickle can call them, but cannot change them.
-    """
+    """Rebuilds plain values; every name that a pickle calls is answered here, never imported."""
 
     def __init__(self, file: io.BytesIO, path: pathlib.Path) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-            ("collections", "OrderedDict"): self._ordered,
-            ("collections", "Counter"): self._counter,
-        }
-        if (module, name) in known:
-            return known[module, name]
+        if (module, name) in _ANSWERS:
+            return _Answer(_ANSWERS[module, name])
         if module == "torch" and name in _STORAGES:
-            return _StorageType(name)
-        if (module, name) in _INERT:
-            return self._inert
+            return _StorageType(_STORAGES[name])
         raise CheckpointError(
             f"{self._path} names {module}.{name}, which no indexer checkpoint needs: refused "
             "before anything ran"
         )
 
-    def persistent_load(self, pid: Any) -> tuple[str, np.dtype, int]:
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, storage, key, _, count = pid
         if kind != "storage" or not isinstance(storage, _StorageType):
             raise CheckpointError(f"{self._path} refers to {kind!r}, expected a tensor storage")
-        return str(key), _STORAGES[storage.name], int(count)
+        return _Storage(str(key), storage.dtype, int(count))
 
-    def _tensor(
-        self, storage: tuple, offset: int, shape: Sequence, strides: Sequence, *_: object
-    ) -> StoredTensor:
-        return StoredTensor(*storage, int(offset), tuple(shape), tuple(strides))
 
-    def _parameter(self, data: StoredTensor, *_: object) -> StoredTensor:
-        return data
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> StoredTensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    sizes, steps = tuple(map(int, shape)), tuple(map(int, strides))
+    return StoredTensor(*storage, int(offset), sizes, steps)
 
-    def _ordered(self, *items: Any) -> collections.OrderedDict:
-        return collections.OrderedDict(*items)
 
-    def _counter(self, *items: Any) -> collections.Counter:
-        return collections.Counter(*items)
+def _parameter(data: Any, *_: object) -> Any:
+    return data
 
-    def _inert(self, *_: object) -> Placeholder:
-        return Placeholder()
+
+def _inert(*_: object) -> Placeholder:
+    return Placeholder()
+
+
+# How random state spells NumPy arrays; protocol 2 keeps their bytes as a call of `encode`.
+_INERT = (
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+)
+_ANSWERS: dict[tuple[str, str], Callable] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "Counter"): collections.Counter,
+    **dict.fromkeys(_INERT, _inert),
+}
 
 
 class TorchFile:

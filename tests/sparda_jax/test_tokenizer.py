@@ -17,7 +17,7 @@ BYTES = ByteTokenizer()
 
 @pytest.fixture
 def folder(tmp_path):
-    """A byte-level BPE of 256 + 3 tokens, without merges, saved as a model's folder would hold it."""
+    """A byte-level BPE of 256 + 3 tokens, without merges, in a folder like a model's."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])

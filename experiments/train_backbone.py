@@ -1,0 +1,428 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""Train the shipped backbone: short sequences densely first, then long ones by the sparse rule.
+
+    python -m experiments.corpus --out runs/corpus          # packs the training text
+    python -m experiments.train_backbone --corpus runs/corpus --out runs/backbone
+
+A run is a list of phases, each with its own length, batch, attention and learning rate; weights
+go from one phase to the next, optimiser moments do not. A run that is stopped (`--time-limit-s`,
+or killed) goes on where it last saved: the state is split into files below 16 MB, so that it can
+travel between machines.
+
+The optimiser sees f32 masters, the model runs in bf16. In the sparse phases every layer chooses its
+blocks by its own queries (InfLLM-V2), under `stop_gradient`, and attends under a mask.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches
+from experiments.corpus import Document, cut_documents, load_packed
+from sparda_jax.config import ModelConfig
+from sparda_jax.errors import CheckpointError
+from sparda_jax.evaluation.needles import make_needle_prompt, score_answers
+from sparda_jax.layers import ForecastParam
+from sparda_jax.model import AttentionPath, SpardaLM, forward
+from sparda_jax.shapes import Mode
+from sparda_jax.tokenizer import ByteTokenizer
+from sparda_jax.tracking import JsonlTracker
+
+FILE_BYTES = 15 << 20
+FIT_FROM, FIT_TO = 5, 25  # steps between which a phase is timed
+BACKBONE_MIXTURE = Mixture(new_value_weight=0.2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training at one length.
+
+    Attributes:
+        name: for logs.
+        seq_len: tokens in a sequence.
+        batch: sequences in a step.
+        steps: optimiser steps.
+        learning_rate: at the end of the warm-up; falls by a cosine to `final_share` of it.
+        final_share: what is left of it at the end.
+        stop_after: leave the phase after this step, before its schedule ends; `None` runs it all.
+        warm_up: steps from 0 to `learning_rate`.
+        mode: `dense`, or `sparse` for the model's own rule.
+        mixture: shares of the kinds of sequence.
+    """
+
+    name: str
+    seq_len: int
+    batch: int
+    steps: int
+    learning_rate: float
+    final_share: float = 0.1
+    stop_after: int | None = None
+    warm_up: int = 100
+    mode: Literal["dense", "sparse"] = "sparse"
+    mixture: Mixture = BACKBONE_MIXTURE
+
+
+PHASES = (
+    Phase(
+        name="short",
+        seq_len=512,
+        batch=128,
+        steps=5000,
+        learning_rate=3e-3,
+        final_share=0.2,
+        stop_after=3550,
+        warm_up=300,
+        mode="dense",
+    ),
+    Phase(name="middle", seq_len=2048, batch=32, steps=800, learning_rate=1e-3),
+    Phase(name="long", seq_len=8704, batch=8, steps=900, learning_rate=1e-3, final_share=0.02),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to train the shipped backbone.
+
+    Attributes:
+        corpus: folder that `experiments.corpus` packed.
+        out: where the log, the state and the weights go.
+        phases: what to train, in order.
+        seed: of weights and data.
+        weight_decay: AdamW's.
+        clip: bound on the gradient's global norm.
+        time_limit_s: stop and save after this many seconds; 0 for never.
+        fit_s: choose the steps of the last phase so that it takes this many seconds, from the speed
+            of its first steps; 0 keeps the number it has.
+        save_every_s: seconds between saves.
+        log_every: steps between log lines.
+        workers: processes that make batches.
+        attention: `cudnn` on a GPU, `mask` elsewhere.
+        evaluate: measure needles and text at the end of each phase.
+        questions: needle questions per evaluation.
+    """
+
+    corpus: Path
+    out: Path = Path("runs/backbone")
+    phases: tuple[Phase, ...] = PHASES
+    seed: int = 0
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    time_limit_s: float = 0.0
+    fit_s: float = 0.0
+    save_every_s: float = 120.0
+    log_every: int = 50
+    workers: int = 8
+    attention: AttentionPath = "mask"
+    evaluate: bool = True
+    questions: int = 64
+
+
+def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, Any]:
+    """Train, or go on training, and save the weights.
+
+    Args:
+        config: of the run.
+        model_config: of the model; `ModelConfig.shipped()` if left out.
+
+    Returns:
+        A summary: whether the run is finished, tokens seen, and the evaluations.
+    """
+    started = time.monotonic()
+    model_config = model_config or ModelConfig.shipped()
+    model_config = dataclasses.replace(model_config, dtype="float32")
+    model = SpardaLM(model_config, rngs=nnx.Rngs(config.seed))
+    graph, heads, rest = nnx.split(model, ForecastParam, ...)
+    params = nnx.to_pure_dict(rest)
+    config.out.mkdir(parents=True, exist_ok=True)
+    state = {"phase": 0, "step": 0, "params": params, "moments": None}
+    state = load_state(config.out, state)
+    tracker = JsonlTracker(config.out, start_step=_global_step(config, state))
+    tracker.log_hyperparameters(_plain(dataclasses.asdict(config)))
+    summary: dict[str, Any] = {"finished": True, "evaluations": {}}
+
+    for index in range(state["phase"], len(config.phases)):
+        phase = config.phases[index]
+        finished = _train_phase(config, index, graph, heads, state, tracker, started)
+        if not finished:
+            summary["finished"] = False
+            break
+        if config.evaluate:
+            merged = merge_weights(graph, heads, state["params"], "bfloat16")
+            result = evaluate(merged, config, max_tokens=phase.seq_len, mode=phase.mode)
+            summary["evaluations"][phase.name] = result
+            tracker.log(result, step=_global_step(config, state))
+            print(json.dumps({"phase": phase.name} | result), flush=True)
+        state |= {"phase": index + 1, "step": 0, "moments": None}
+        save_state(config.out, state)
+    tracker.finish()
+    np.savez(config.out / "weights.npz", **flatten(state["params"], np.dtype(jnp.bfloat16)))
+    summary["seconds"] = time.monotonic() - started
+    (config.out / "summary.json").write_text(json.dumps(_plain(summary), indent=1))
+    return summary
+
+
+def _train_phase(
+    config: Config,
+    index: int,
+    graph: nnx.GraphDef,
+    heads: Any,
+    state: dict[str, Any],
+    tracker: JsonlTracker,
+    started: float,
+) -> bool:
+    """Train one phase from where `state` stands; returns whether it came to its end."""
+    phase = config.phases[index]
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)
+        ),
+        optax.scale(-1.0),
+    )
+    if state["moments"] is None:
+        state["moments"] = tx.init(state["params"])
+    else:
+        shape = jax.eval_shape(tx.init, state["params"])
+        state["moments"] = jax.tree.unflatten(jax.tree.structure(shape), state["moments"])
+    step_fn = make_step(graph, heads, tx, phase, config.attention)
+    source = BackboneBatches(
+        config.corpus, config.seed + index, phase.batch, phase.seq_len, phase.mixture
+    )
+    steps, fit = phase.steps, config.fit_s > 0 and index == len(config.phases) - 1
+    entered = fit_from = saved = last = time.monotonic()
+    first = logged = state["step"]
+    with PrefetchBatches(source, first_step=first, workers=config.workers) as batches:
+        for step, batch in batches:
+            if step >= min(steps, phase.stop_after or steps):
+                break
+            if fit and step - first == FIT_FROM:
+                fit_from = time.monotonic()
+            if fit and step - first == FIT_TO:
+                jax.block_until_ready(state["params"])
+                each = (time.monotonic() - fit_from) / (FIT_TO - FIT_FROM)
+                steps = step + int((config.fit_s - (time.monotonic() - entered)) / each)
+                print(f"{phase.name}: {each:.3f} s a step, so {steps} steps fit", flush=True)
+            state["params"], state["moments"], metrics = step_fn(
+                state["params"],
+                state["moments"],
+                batch.tokens,
+                batch.loss_weights,
+                np.float32(learning_rate(phase, step, steps)),
+            )
+            state["step"] = step + 1
+            if (step + 1) % config.log_every == 0:
+                values = {name: float(value) for name, value in metrics.items()}
+                now = time.monotonic()
+                tokens = (step + 1 - logged) * phase.batch * phase.seq_len
+                values["tokens_per_s"] = tokens / (now - last)
+                values["learning_rate"] = learning_rate(phase, step, steps)
+                logged, last = step + 1, now
+                tracker.log(values, step=_global_step(config, state))
+                shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+                print(f"{phase.name} {step + 1}/{steps} {shown}", flush=True)
+                out_of_time = 0 < config.time_limit_s < now - started
+                if out_of_time or now - saved > config.save_every_s:
+                    save_state(config.out, state)
+                    saved = now
+                if out_of_time:
+                    return False
+    return True
+
+
+def learning_rate(phase: Phase, step: int, steps: int) -> float:
+    """Rise linearly over the warm-up, then fall by a cosine to the final share at `steps`."""
+    if step < phase.warm_up:
+        return phase.learning_rate * (step + 1) / phase.warm_up
+    done = min(1.0, (step - phase.warm_up) / max(1, steps - phase.warm_up))
+    share = phase.final_share + (1 - phase.final_share) * 0.5 * (1 + math.cos(math.pi * done))
+    return phase.learning_rate * share
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    heads: Any,
+    tx: optax.GradientTransformation,
+    phase: Phase,
+    attention: AttentionPath,
+) -> Any:
+    """Make the jitted step: (params, moments, tokens, weights, rate) → (…)."""
+
+    def loss_fn(
+        params: Any, tokens: Int[Array, "B T"], weights: Float[Array, "B T"]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        model = merge_weights(graph, heads, params, "bfloat16")
+        logits = forward(model, tokens, mode=phase.mode, attention=attention)[:, :-1]
+        wanted, weight = tokens[:, 1:], weights[:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+        total = jnp.sum(losses * weight) / jnp.sum(weight)
+        asked = weight > 1.0
+        right = jnp.sum((jnp.argmax(logits, axis=-1) == wanted) & asked) / jnp.maximum(
+            jnp.sum(asked), 1
+        )
+        plain = jnp.sum(losses * (weight == 1.0)) / jnp.maximum(jnp.sum(weight == 1.0), 1)
+        return total, {"loss": total, "answer_accuracy": right, "text_bits": plain / jnp.log(2.0)}
+
+    @jax.jit
+    def step(
+        params: Any, moments: Any, tokens: Array, weights: Array, rate: Array
+    ) -> tuple[Any, Any, Any]:
+        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens, weights)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = tx.update(gradient, moments, params)
+            updates = jax.tree.map(lambda u: u * rate, updates)
+            params = optax.apply_updates(params, updates)
+        return params, moments, metrics | {"grad_norm": optax.global_norm(gradient)}
+
+    return step
+
+
+def merge_weights(graph: nnx.GraphDef, heads: Any, params: Any, dtype: str) -> SpardaLM:
+    """Put f32 masters into a model as `dtype`."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda p: p.astype(dtype), tree)
+
+    model = nnx.merge(graph, cast(heads), nnx.State(cast(params)))
+    model.config = dataclasses.replace(model.config, dtype=dtype)
+    for layer in model.layers:
+        layer.config = model.config
+        layer.attention.config = model.config
+    return model
+
+
+def evaluate(
+    model: SpardaLM, config: Config, *, max_tokens: int, mode: Mode, lengths: tuple[int, ...] = ()
+) -> dict[str, float]:
+    """Measure needles at several lengths, and bits per byte of held-out text."""
+    run = jax.jit(lambda m, t: forward(m, t, mode=mode))
+    held = load_packed(config.corpus, split="heldout")
+    files = [Document(str(i), held[i]) for i in range(len(held))]
+    texts = [d.data for d in cut_documents(files, count=None, document_bytes=8192)]
+    results: dict[str, float] = {}
+    rng = np.random.default_rng(1234)
+    lengths = lengths or tuple(n for n in (512, 2048, 8192) if n <= max(max_tokens, 512))
+    for length in lengths:
+        per_prompt = 8 if length > 512 else 4
+        right = []
+        for i in range(-(-config.questions // per_prompt)):
+            prompt = make_needle_prompt(
+                rng,
+                texts[i % len(texts)],
+                total_tokens=length,
+                needles=per_prompt,
+                questions=per_prompt,
+                tokenizer=ByteTokenizer(),
+            )
+            said = np.asarray(jnp.argmax(run(model, jnp.asarray(prompt.tokens)[None])[0], axis=-1))
+            right.append(score_answers(said[prompt.predicting_positions], prompt))
+        results[f"needle_accuracy_{length}"] = float(np.mean(np.concatenate(right)))
+    size = min(max_tokens, 8192)
+    bits = []
+    for text in texts[:8]:
+        tokens = jnp.asarray(list(text[:size]), jnp.int32)[None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            run(model, tokens)[:, :-1], tokens[:, 1:]
+        )
+        bits.append(float(jnp.mean(losses)) / math.log(2.0))
+    results["bits_per_byte"] = float(np.mean(bits))
+    return results
+
+
+def flatten(tree: Any, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Flatten nested dictionaries to names joined by dots; bf16 is kept as its bits, uint16."""
+    flat = {}
+    for path, value in jax.tree.flatten_with_path(tree)[0]:
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        array = np.asarray(value if dtype is None else value.astype(dtype))
+        flat[name] = array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+    return flat
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Save phase, step, masters and moments, atomically, in files below 16 MB."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((state["params"], state["moments"]))]
+    groups: list[list[int]] = [[]]
+    size = 0
+    for i, leaf in enumerate(leaves):
+        if groups[-1] and size + leaf.nbytes > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += leaf.nbytes
+    target, temporary = folder / "state", folder / "state.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for number, group in enumerate(groups):
+        np.savez(temporary / f"{number}.npz", **{str(i): leaves[i] for i in group})
+    header = {"phase": state["phase"], "step": state["step"], "leaves": len(leaves)}
+    (temporary / "header.json").write_text(json.dumps(header | {"files": len(groups)}))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Load what `save_state` saved; a folder without state gives `state` back.
+
+    Raises:
+        CheckpointError: the state is of another model, or not whole.
+    """
+    header_path = folder / "state" / "header.json"
+    if not header_path.is_file():
+        return state
+    header = json.loads(header_path.read_text())
+    leaves: dict[int, np.ndarray] = {}
+    for number in range(header["files"]):
+        with np.load(folder / "state" / f"{number}.npz") as arrays:
+            leaves |= {int(name): arrays[name] for name in arrays.files}
+    structure = jax.tree.structure(state["params"])
+    mine = [leaf.shape for leaf in jax.tree.leaves(state["params"])]
+    found = [leaves[i].shape for i in range(min(len(mine), len(leaves)))]
+    if mine != found or len(leaves) != header["leaves"]:
+        wrong = [pair for pair in zip(found, mine, strict=False) if pair[0] != pair[1]][:1]
+        raise CheckpointError(
+            f"{folder}: {len(leaves)} of {header['leaves']} arrays; first shape that differs "
+            f"(saved, wanted): {wrong}; start in another folder or restore the files"
+        )
+    params = jax.tree.unflatten(structure, [leaves[i] for i in range(len(mine))])
+    rest = [leaves[i] for i in range(len(mine), len(leaves))]
+    return {
+        "phase": header["phase"],
+        "step": header["step"],
+        "params": params,
+        "moments": rest or None,
+    }
+
+
+def _global_step(config: Config, state: Mapping[str, Any]) -> int:
+    """Steps of the phases before, plus those of this one."""
+    return sum(phase.steps for phase in config.phases[: state["phase"]]) + state["step"]
+
+
+def _plain(value: Any) -> Any:
+    """Make a value that JSON can hold."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Train the backbone, see `train`."""
+    return train(config)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config))

@@ -1,0 +1,372 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""One decode step: the two halves of a layer, and the program that runs all layers at once.
+
+`begin_layer` projects, ranks and chooses; `finish_layer` appends, attends and runs the MLP. Between
+them the blocks that a layer chose become resident. With everything resident there is nothing to
+wait for, and `ResidentDecoder` runs all layers as one jitted step; `decode_staged.py` runs the same
+halves layer by layer and moves blocks in between.
+
+A choice for a later layer is made before that layer knows the new token: the summary ends one token
+earlier. The windows that the new token completes lie in pinned blocks, so the choice is the same,
+provided the local blocks reach as far back as a window (`scores_early`). Where they do not, the
+probe waits and the later layer chooses for itself.
+"""
+
+import functools
+import typing
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.attention import attend_records
+from sparda_jax.kv.plan import Places
+from sparda_jax.kv.state import KVState, LayerKV, append_tokens
+from sparda_jax.model import DecoderLayer, Plan, SpardaLM, make_probes, targets_of
+from sparda_jax.parts import Layout, Parts
+from sparda_jax.pooling import LOWEST
+from sparda_jax.rope import Rope, make_rope
+from sparda_jax.selection import select_blocks
+from sparda_jax.selectors import KeySummary, Probe
+from sparda_jax.shapes import NO_BLOCK, NO_SLOT
+
+
+@typing.no_type_check
+@struct.dataclass
+class Now:
+    """What all layers of one step share.
+
+    Attributes:
+        rope: rotations of the new tokens; position −1 for a row that does nothing.
+        lengths: tokens held of each sequence before this step.
+        own: the block that the new token falls into; `NO_BLOCK` for a row that does nothing.
+        attend_all: sequences that attend to all their blocks.
+        step: number of the step, from 1.
+    """
+
+    rope: Rope
+    lengths: Int[Array, " B"]
+    own: Int[Array, " B"]
+    attend_all: Bool[Array, " B"]
+    step: Int[Array, ""]
+
+    @property
+    def positions(self) -> Int[Array, " B"]:
+        """Positions of the new tokens; −1 for a row that does nothing."""
+        return self.rope.positions[:, 0]
+
+
+@typing.no_type_check
+@struct.dataclass
+class Begun:
+    """The first half of a layer: heads of the new tokens.
+
+    Attributes:
+        q: rotated queries.
+        k: rotated keys.
+        v: values.
+        importance: NOSA's bias of the new keys; `None` for other models.
+    """
+
+    q: Float[Array, "B 1 N H"]
+    k: Float[Array, "B 1 K H"]
+    v: Float[Array, "B 1 K H"]
+    importance: Float[Array, "B 1 K"] | None
+
+
+def open_step(
+    model: SpardaLM,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    lengths: Int[Array, " B"],
+    reach: Int[Array, " B"],
+    step: Int[Array, ""],
+) -> tuple[Float[Array, "B 1 D"], Now]:
+    """Embed one token of each sequence and make what all layers share.
+
+    Args:
+        model: the decoder.
+        tokens: the next token of each sequence.
+        active: rows that take part; the others neither read nor write.
+        lengths: tokens held of each sequence.
+        reach: length that each may grow to.
+        step: number of the step.
+    """
+    config = model.config
+    positions = jnp.where(active, lengths, -1)
+    now = Now(
+        rope=make_rope(config.rope, config.head_dim, positions[:, None], reach),
+        lengths=lengths,
+        own=jnp.where(active, lengths // config.sparse.block_size, NO_BLOCK),
+        attend_all=lengths + 1 < config.sparse.dense_below,
+        step=step,
+    )
+    return model.embed_tokens(tokens[:, None]), now
+
+
+def scores_early(plan: Plan) -> bool:
+    """Tell whether a later layer's blocks can be chosen before it pools the new key.
+
+    True if every window that ends at a query starts in a pinned block: W · local_blocks ≥
+    pool_size − 1.
+    """
+    sparse = plan.config.sparse
+    return sparse.block_size * sparse.local_blocks >= sparse.pool_size - 1
+
+
+def choices_made_at(plan: Plan, layer: int) -> tuple[int, ...]:
+    """List the layers whose blocks are chosen while `layer` begins."""
+    if plan.selector is None:
+        return ()
+    return targets_of(plan, layer) if scores_early(plan) else (layer,)
+
+
+def choose(
+    plan: Plan,
+    probe: Probe,
+    summary: KeySummary,
+    now: Now,
+    lengths: Int[Array, " B"],
+    num_blocks: int,
+) -> Int[Array, "B K J"]:
+    """Choose the blocks of one layer for the new tokens.
+
+    Args:
+        plan: the rule.
+        probe: of the new tokens.
+        summary: of the layer whose blocks are ranked.
+        now: the step.
+        lengths: tokens that the summary holds of each sequence.
+        num_blocks: M.
+    """
+    positions = now.rope.positions
+    with jax.named_scope("score_blocks"):
+        scores = plan.selector.score_blocks(probe, summary, positions, lengths, num_blocks)
+    with jax.named_scope("select_blocks"):
+        choice = select_blocks(
+            scores,
+            positions,
+            plan.config.sparse,
+            attend_all=now.attend_all,
+            width=plan.width,
+            parity=plan.parity,
+        )
+    return choice.ids[:, 0]
+
+
+def begin_layer(
+    model: SpardaLM,
+    plan: Plan,
+    layer: int,
+    x: Float[Array, "B 1 D"],
+    now: Now,
+    num_blocks: int,
+    summaries: Mapping[int, KeySummary],
+    probe: Probe | None,
+) -> tuple[Begun, KeySummary, dict[int, Int[Array, "B K J"]], dict[int, Probe]]:
+    """Run the first half of a layer: heads, the longer summary, choices.
+
+    Args:
+        model: the decoder.
+        plan: the rule.
+        layer: which layer.
+        x: its input.
+        now: the step.
+        num_blocks: M.
+        summaries: of this layer and of those whose blocks are chosen here, all before this step;
+            empty in dense mode.
+        probe: made for this layer by an earlier one, if that one could not choose yet.
+
+    Returns:
+        The heads, the layer's longer summary, the choices made here by layer, and the probes whose
+        layers choose for themselves.
+    """
+    block = model.layers[layer]
+    q, k, v = block.attention.project(block.input_norm(x), now.rope)
+    begun = Begun(q=q, k=k, v=v, importance=block.attention.importance(v))
+    if plan.selector is None:
+        return begun, None, {}, {}
+    positions = now.rope.positions
+    summary = plan.selector.extend_summary(summaries[layer], k, positions, begun.importance)
+    probes = make_probes(model, plan, layer, x, q, now.rope)
+    if probe is not None:
+        probes[layer] = probe
+    held = jnp.where(now.positions >= 0, now.lengths + 1, now.lengths)
+    choices = {}
+    for target in choices_made_at(plan, layer):
+        own = target == layer
+        known, lengths = (summary, held) if own else (summaries[target], now.lengths)
+        choices[target] = choose(plan, probes.pop(target), known, now, lengths, num_blocks)
+    return begun, summary, choices, probes
+
+
+@jax.named_scope("attend_every_slot")
+def attend_every_slot(
+    q: Float[Array, "B 1 N H"],
+    slots: Float[Array, "B K M 2 W H"],
+    positions: Int[Array, " B"],
+    bias: Float[Array, "B K M W"] | None,
+) -> Float[Array, "B 1 N H"]:
+    """Attend to all blocks, slot m holding block m: softmax(q · k / √H + bias) v over s ≤ t.
+
+    Args:
+        q: rotated queries.
+        slots: every block, in order.
+        positions: of the queries; −1 gives zeros.
+        bias: added to the logits, f32.
+    """
+    batch, _, heads, dim = q.shape
+    kv_heads, num_blocks, block_size = slots.shape[1], slots.shape[2], slots.shape[4]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    logits = jnp.einsum(
+        "bkgh,bkmwh->bkgmw", grouped, slots[:, :, :, 0], preferred_element_type=jnp.float32
+    ) * (dim**-0.5)
+    if bias is not None:
+        logits = logits + bias[:, :, None]
+    token = jnp.arange(num_blocks * block_size).reshape(1, 1, 1, num_blocks, block_size)
+    seen = token <= positions[:, None, None, None, None]
+    logits = jnp.where(seen, logits, LOWEST)
+    top = jnp.max(logits, axis=(-2, -1), keepdims=True)
+    mass = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(mass, axis=(-2, -1))[..., None]
+    values = slots[:, :, :, 1]
+    out = jnp.einsum(
+        "bkgmw,bkmwh->bkgh", mass.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    out = out / jnp.where(total > 0.0, total, 1.0)
+    return out.reshape(batch, 1, heads, dim).astype(q.dtype)
+
+
+def finish_layer(
+    block: DecoderLayer,
+    plan: Plan,
+    x: Float[Array, "B 1 D"],
+    begun: Begun,
+    kv: LayerKV,
+    places: Places,
+    now: Now,
+) -> tuple[Float[Array, "B 1 D"], LayerKV]:
+    """Run the second half of a layer: append to the tail, attend, output, MLP.
+
+    Args:
+        block: the layer.
+        plan: the rule.
+        x: the layer's input.
+        begun: its first half.
+        kv: its state; every chosen block stands in its slot.
+        places: where the chosen blocks stand.
+        now: the step.
+    """
+    with jax.named_scope("append_kv"):
+        kv = append_tokens(kv, begun.k, begun.v, begun.importance, places.tail, now.positions)
+    bias = kv.importance
+    if bias is not None and plan.parity is not None:  # the original drops it in dense attention
+        dense = now.attend_all[:, None, None, None] | (plan.selector is None)
+        bias = jnp.where(dense, 0.0, bias)
+    if plan.selector is None:
+        y = attend_every_slot(begun.q, kv.slots, now.positions, bias)
+    else:
+        with jax.named_scope("sparse_decode"):
+            slots, ids = places.slots[:, None], places.ids[:, None]
+            y = attend_records(begun.q, kv.slots, slots, ids, now.rope.positions, bias)
+    return block.finish(x, y), kv
+
+
+def resident_places(plan: Plan, ids: Int[Array, "B K J"] | None, now: Now) -> Places:
+    """Say where blocks stand when slot m holds block m."""
+    kv_heads = plan.config.kv_heads
+    tail = jnp.where(now.own >= 0, now.own, NO_SLOT)[:, None]
+    if ids is None:
+        ids = jnp.zeros((now.own.shape[0], kv_heads, 0), jnp.int32)
+    return Places(ids=ids, slots=ids, tail=jnp.broadcast_to(tail, (tail.shape[0], kv_heads)))
+
+
+def _count_read(plan: Plan, ids: Int[Array, "B K J"] | None, now: Now) -> Int[Array, " 3"]:
+    """Count the blocks that a resident layer reads; nothing is fetched or evicted."""
+    if ids is None:
+        read = jnp.sum(now.own + 1, dtype=jnp.int32) * plan.config.kv_heads
+    else:
+        read = jnp.sum(ids >= 0, dtype=jnp.int32)
+    return jnp.stack([read, jnp.int32(0), jnp.int32(0)])
+
+
+@functools.lru_cache(maxsize=32)
+def resident_program(layout: Layout, plan: Plan) -> Callable:
+    """Compile the decode step of a resident cache: all layers, unrolled, the state donated."""
+
+    def step(
+        state: KVState, parts: Parts, tokens: Array, active: Array
+    ) -> tuple[KVState, Array, tuple[Array, ...], Array]:
+        model = layout.merge(parts)
+        x, now = open_step(model, tokens, active, state.lengths, state.reach, state.step)
+        num_blocks = state.layers[0].slots.shape[2]
+        summaries = {layer: kv.summary for layer, kv in enumerate(state.layers)}
+        choices: dict[int, Array] = {}
+        probes: dict[int, Probe] = {}
+        layers, counts = [], []
+        for layer, block in enumerate(model.layers):
+            with jax.named_scope(f"layer_{layer}"):
+                begun, summary, made, waiting = begin_layer(
+                    model, plan, layer, x, now, num_blocks, summaries, probes.pop(layer, None)
+                )
+                choices |= made
+                probes |= waiting
+                kv = state.layers[layer].replace(summary=summary)
+                ids = choices.get(layer)
+                x, kv = finish_layer(
+                    block, plan, x, begun, kv, resident_places(plan, ids, now), now
+                )
+            layers.append(kv)
+            counts.append(_count_read(plan, ids, now))
+        after = KVState(
+            layers=layers,
+            lengths=jnp.where(active, state.lengths + 1, state.lengths),
+            reach=state.reach,
+            step=state.step + 1,
+        )
+        ids = tuple(choices[layer] for layer in sorted(choices))
+        return after, model.logits(x)[:, 0], ids, jnp.stack(counts)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class ResidentDecoder:
+    """Decodes with every block on the device: one jitted step for all layers.
+
+    Args:
+        layout: of the model.
+        parts: its weights.
+        plan: the rule.
+        state: after prefill; taken over.
+    """
+
+    def __init__(self, layout: Layout, parts: Parts, plan: Plan, state: KVState) -> None:
+        self._parts = parts
+        self._program = resident_program(layout, plan)
+        self.state = state
+        self.choices: tuple[Int[Array, "B K J"], ...] = ()
+
+    def step(
+        self, tokens: Int[Array, " B"], active: Bool[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], Int[Array, "L 3"]]:
+        """Feed one token of each active row.
+
+        Args:
+            tokens: the next token of each sequence.
+            active: rows that take part.
+
+        Returns:
+            Logits, f32, and for each layer the blocks resident, fetched and evicted. The chosen
+            block ids are kept in `choices`.
+        """
+        self.state, logits, self.choices, counts = self._program(
+            self.state, self._parts, tokens, active
+        )
+        return logits, counts
+
+    def close(self) -> None:
+        """Forget the state."""
+        self.state = None

@@ -1,0 +1,90 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""A model cut into its head and its layers, so that a program takes only the weights it reads.
+
+A decode step is called thousands of times: flattening a module each time would cost more than the
+call. `cut` flattens once; `Layout` is the static rest, and compiled programs are kept by it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sparda_jax.model import SpardaLM
+
+HEAD = -1
+"""The part that holds embedding, final norm and LM head."""
+
+Parts = dict[int, list[Float[Array, "..."]]]
+"""Weights by part: `HEAD` or the number of a layer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """The static side of a cut model: hashable, equal for models of one configuration.
+
+    Attributes:
+        graph: structure of the module.
+        tree: structure of its state.
+        parts: the part of each leaf.
+        shapes: shape and dtype of each leaf.
+    """
+
+    graph: nnx.GraphDef
+    tree: jax.tree_util.PyTreeDef
+    parts: tuple[int, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    def merge(self, parts: Mapping[int, list[Float[Array, "..."]]]) -> SpardaLM:
+        """Put a model together again; parts that are left out stay abstract and must not be read.
+
+        Args:
+            parts: weights of the parts that will be read.
+        """
+        given = {part: iter(leaves) for part, leaves in parts.items()}
+        leaves = [
+            next(given[part]) if part in given else shape
+            for part, shape in zip(self.parts, self.shapes, strict=True)
+        ]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+
+def _part_of(path: tuple[object, ...]) -> int:
+    """Name the part of a leaf by its path in the state."""
+    keys = [getattr(step, "key", None) for step in path[:2]]
+    return int(keys[1]) if keys[0] == "layers" else HEAD
+
+
+def cut(model: SpardaLM) -> tuple[Layout, Parts]:
+    """Cut a model into its head and its layers.
+
+    Args:
+        model: the decoder; its arrays are shared, not copied.
+
+    Returns:
+        The layout, and the weights by part.
+
+    Example:
+        >>> from sparda_jax.testing import tiny_model
+        >>> layout, parts = cut(tiny_model())
+        >>> sorted(parts)
+        [-1, 0, 1, 2]
+        >>> layout == cut(tiny_model(1))[0]
+        True
+    """
+    graph, state = nnx.split(model)
+    flat, tree = jax.tree_util.tree_flatten_with_path(state)
+    owners = tuple(_part_of(path) for path, _ in flat)
+    parts: Parts = {part: [] for part in (HEAD, *range(model.config.layers))}
+    for part, (_, leaf) in zip(owners, flat, strict=True):
+        parts[part].append(leaf)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in flat)
+    return Layout(graph=graph, tree=tree, parts=owners, shapes=shapes), parts
+
+
+def pick(parts: Parts, wanted: Iterable[int]) -> Parts:
+    """Take the parts that a program reads."""
+    return {part: parts[part] for part in sorted(set(wanted))}

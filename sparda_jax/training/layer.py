@@ -1,0 +1,294 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of Forecast training: teacher, choices, loss and metrics, in one pass over the queries.
+
+A tile of queries computes its teacher once and uses it for everything: the blocks that the layer
+reads, the cells that are supervised, the loss with its gradient, and the recall of the forecast.
+Later queries see more keys than earlier ones, so a long sequence is cut into a few spans, and the
+tiles of a span see the keys up to its end.
+"""
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.attention import map_tiles
+from sparda_jax.config import ModelConfig
+from sparda_jax.pooling import PooledSummary
+from sparda_jax.selection import BlockChoice, select_blocks
+from sparda_jax.selectors import KeySummary, Selector, resolve
+from sparda_jax.selectors.nosa import NosaSelector, NosaSummary
+from sparda_jax.selectors.query import PooledKeys
+from sparda_jax.shapes import Mode, Parity
+from sparda_jax.training.loss import counted_rows, forecast_kl, supervised_cells
+from sparda_jax.training.teacher import (
+    block_mass,
+    fine_keys,
+    is_own_query,
+    overlap_rows,
+    recall_rows,
+    teacher_cells,
+    teacher_scores,
+)
+
+Routing = Literal["teacher", "forecast"]
+"""Whose choice the layers read while training: the teacher's (the paper) or the forecast's."""
+
+_SPAN = 2048
+"""Queries per span, up to `_SPANS` spans; each is compiled once per layer."""
+
+_SPANS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """The static part of a walk over the layers.
+
+    Attributes:
+        config: of the model.
+        routing: whose blocks the layers read.
+        attention: how chosen blocks are read: gathered, or under a mask.
+        parity: `None` for the correct rules.
+        tile_bytes: bound on the largest array of a tile.
+        has_gradient: compute the gradient of the loss.
+        has_metrics: compute recall and overlap; without, they are not a number.
+    """
+
+    config: ModelConfig
+    routing: Routing = "teacher"
+    attention: Literal["gather", "mask"] = "gather"
+    parity: Parity = None
+    tile_bytes: int = 64 << 20
+    has_gradient: bool = True
+    has_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored."""
+        if self.routing not in ("teacher", "forecast"):
+            raise ValueError(f"{self.routing=} must be 'teacher' or 'forecast'")
+        if self.attention not in ("gather", "mask"):
+            raise ValueError(f"{self.attention=} must be 'gather' or 'mask'")
+        if self.tile_bytes < 1:
+            raise ValueError(f"{self.tile_bytes=} must be at least 1")
+
+    def label_tile(self, batch: int, keys: int) -> int:
+        """Choose how many queries to label at once: their fine logits fill `tile_bytes`."""
+        sparse = self.config.sparse
+        fine = keys // sparse.teacher_pool_stride
+        return self._tile(2 * batch * self.config.heads * max(fine, sparse.pooled(keys), 1) * 4)
+
+    def attention_tile(self, batch: int) -> int:
+        """Choose for how many queries to gather blocks at once within `tile_bytes`."""
+        config = self.config
+        tokens = config.sparse.selected_blocks * config.sparse.block_size
+        per_token = 2 * config.kv_heads * config.head_dim + config.heads
+        return self._tile(batch * tokens * per_token * 4)
+
+    def _tile(self, per_query: int) -> int:
+        return max(8, min(self.tile_bytes // per_query, 4096) // 8 * 8)
+
+
+def default_tile_bytes() -> int:
+    """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 64 MiB."""
+    return (1 << 30) if jax.default_backend() == "gpu" else (64 << 20)
+
+
+@typing.no_type_check
+@struct.dataclass
+class LayerLabels:
+    """What one pass over the queries of a layer gives.
+
+    Attributes:
+        ids: blocks that the layer reads, ascending, then `NO_BLOCK`.
+        kl: KL of each row, zero where it does not count.
+        counted: rows that count in the loss.
+        gradient: of the sum of `kl` with respect to the rotated forecast, f32.
+        recall: teacher mass on the forecast's choice, and on the best choice (`recall_rows`).
+        overlap: blocks both in the forecast's and in the own-query choice, and in either.
+    """
+
+    ids: Int[Array, "B T K J"]
+    kl: Float[Array, "B T K"]
+    counted: Bool[Array, "B T K"]
+    gradient: Float[Array, "B T K H"]
+    recall: tuple[Float[Array, "B T K"], Float[Array, "B T K"]]
+    overlap: tuple[Float[Array, "B T K"], Float[Array, "B T K"]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GivenScores(PooledKeys):
+    """A selector whose probe is the block scores themselves: lets NOSA's rule rank by a teacher."""
+
+    def score_blocks(
+        self,
+        probe: Float[Array, "B T K M"],
+        summary: KeySummary,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        num_blocks: int,
+    ) -> Float[Array, "B T K M"]:
+        """Give the probe."""
+        del summary, positions, lengths, num_blocks
+        return probe
+
+
+def pooled_of(summary: KeySummary) -> PooledSummary:
+    """Find the pooled keys in the summary of `query`, `forecast`, or NOSA's rule over either."""
+    return summary.inner if isinstance(summary, NosaSummary) else summary
+
+
+def mark_blocks(ids: Int[Array, "B T K J"], num_blocks: int) -> Bool[Array, "B T K M"]:
+    """Mark the blocks of a list, as `block_mask`, in time that does not grow with J · M."""
+    rows = ids.reshape(-1, ids.shape[-1])
+    place = jnp.where(rows < 0, num_blocks, rows)
+    marks = jnp.zeros((rows.shape[0], num_blocks), bool)
+    marks = marks.at[jnp.arange(rows.shape[0])[:, None], place].set(True, mode="drop")
+    return marks.reshape(*ids.shape[:3], num_blocks)
+
+
+def choose(
+    plan: LayerPlan,
+    selector: Selector,
+    probe: Any,
+    summary: KeySummary,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    num_blocks: int,
+) -> BlockChoice:
+    """Choose blocks by a selector; always sparse, whatever `dense_below` says."""
+    scores = selector.score_blocks(probe, summary, positions, lengths, num_blocks)
+    return select_blocks(scores, positions, plan.config.sparse, parity=plan.parity)
+
+
+def teacher_choices(
+    plan: LayerPlan,
+    cells: Float[Array, "B T K C"],
+    summary: KeySummary,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    num_blocks: int,
+) -> tuple[BlockChoice, BlockChoice]:
+    """Choose blocks by the teacher: those to read, and the list whose cells are supervised.
+
+    The two are one, unless the model has token importance: then the first is its two-step rule with
+    the teacher as the query-aware score, the second the query-aware share alone.
+    """
+    config = plan.config
+    scores = teacher_scores(cells, num_blocks, config.sparse)
+    if not config.token_importance:
+        choice = select_blocks(scores, positions, config.sparse, parity=plan.parity)
+        return choice, choice
+    sparse = config.sparse
+    rule = NosaSelector(config, inner=GivenScores(config), parity=plan.parity)
+    read = choose(plan, rule, scores, summary, positions, lengths, num_blocks)
+    share = sparse.sink_blocks + sparse.local_blocks + sparse.query_blocks
+    narrow = dataclasses.replace(sparse, selected_blocks=share, query_blocks=None)
+    return read, select_blocks(scores, positions, narrow, parity=plan.parity)
+
+
+def label_layer(
+    plan: LayerPlan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    forecast: Float[Array, "B T K H"],
+    summary: KeySummary,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> LayerLabels:
+    """Label one layer: what it reads, the loss of the forecast that ranks it, and how good that is.
+
+    Args:
+        plan: the static part.
+        q: rotated queries of the layer.
+        k: its rotated keys, T of them: whole sequences.
+        forecast: rotated forecasts for this layer: of the layer before, or the entry forecast.
+        summary: of this layer's keys, by the selector that `sparda` means.
+        positions: of the queries, in tokens from 0; −1 marks padding at the end of a row.
+        lengths: tokens of each sequence.
+
+    Returns:
+        One row for each query and KV head.
+
+    References:
+        SparDA, arXiv:2606.04511, section 4.2.
+    """
+    batch, queries = positions.shape
+    num_blocks = plan.config.sparse.blocks(queries)
+    fine = fine_keys(k, plan.config.sparse)
+    tile = plan.label_tile(batch, queries)
+    spans = 1 if is_own_query(plan.config.sparse) else max(1, min(_SPANS, queries // _SPAN))
+    ends = [queries * (span + 1) // spans for span in range(spans)]
+    parts = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        now = slice(start, end)
+        rows = (q[:, now], forecast[:, now], positions[:, now])
+
+        held = fine[:, : -(-end // plan.config.sparse.teacher_pool_stride)]
+
+        def label(rows: tuple[Array, Array, Array], held: Array = held) -> LayerLabels:
+            return _label_tile(plan, rows, held, summary, lengths, num_blocks)
+
+        parts.append(map_tiles(label, rows, tile, (0, 0, -1)))
+    return parts[0] if spans == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+
+@jax.named_scope("label_tile")
+def _label_tile(
+    plan: LayerPlan,
+    rows: tuple[Array, Array, Array],
+    fine: Float[Array, "B fine K H"],
+    summary: KeySummary,
+    lengths: Int[Array, " B"],
+    num_blocks: int,
+) -> LayerLabels:
+    """Label the queries of one tile."""
+    config, sparse = plan.config, plan.config.sparse
+    q, forecast, positions = rows
+    pooled = pooled_of(summary).pooled
+    cells = teacher_cells(q, fine, pooled, positions, lengths, config, parity=plan.parity)
+    read, listed = teacher_choices(plan, cells, summary, positions, lengths, num_blocks)
+    listed_mask = mark_blocks(listed.ids, num_blocks)
+    kept = supervised_cells(listed_mask, positions, pooled.shape[1], sparse)
+    counted = counted_rows(cells, positions, keep_empty=plan.parity is not None)
+    kl, gradient = forecast_kl(
+        forecast,
+        pooled,
+        cells,
+        kept,
+        counted,
+        positions,
+        lengths,
+        sparse,
+        width=listed.ids.shape[-1],
+        has_gradient=plan.has_gradient,
+    )
+    zeros = jnp.zeros(kl.shape, jnp.float32)
+    recall = overlap = (zeros, zeros)
+    if plan.routing == "forecast" or plan.has_metrics:
+
+        def by(mode: Mode, probe: Array) -> BlockChoice:
+            selector = resolve(mode, config, None, plan.parity)
+            return choose(plan, selector, probe, summary, positions, lengths, num_blocks)
+
+        mine = by("sparda", forecast)
+        if plan.routing == "forecast":
+            read = mine
+        if plan.has_metrics:
+            marked = mark_blocks(mine.ids, num_blocks)
+            own = mark_blocks(by("sparse", q).ids, num_blocks)
+            mass = block_mass(cells, num_blocks, sparse)
+            recall = recall_rows(mass, marked, positions, sparse)
+            overlap = overlap_rows(marked, own, positions, sparse)
+    return LayerLabels(
+        ids=read.ids,
+        kl=kl,
+        counted=counted,
+        gradient=gradient,
+        recall=recall,
+        overlap=overlap,
+    )
