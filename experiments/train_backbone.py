@@ -30,13 +30,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches
+from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches, WeightedBatch
 from experiments.corpus import Document, cut_documents, load_packed
-from sparda_jax.config import ModelConfig
+from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.errors import CheckpointError
 from sparda_jax.evaluation.needles import make_needle_prompt, score_answers
 from sparda_jax.layers import ForecastParam
 from sparda_jax.model import AttentionPath, SpardaLM, forward
+from sparda_jax.pooling import LOWEST, pool_scores
+from sparda_jax.selection import block_mask, pinned_blocks, select_blocks
+from sparda_jax.selectors.query import score_by_queries, visible_cells
 from sparda_jax.shapes import Mode
 from sparda_jax.tokenizer import ByteTokenizer
 from sparda_jax.tracking import JsonlTracker
@@ -44,6 +47,9 @@ from sparda_jax.tracking import JsonlTracker
 FILE_BYTES = 15 << 20
 FIT_FROM, FIT_TO = 5, 25  # steps between which a phase is timed
 BACKBONE_MIXTURE = Mixture(new_value_weight=0.2)
+RETRIEVAL_MIXTURE = Mixture(
+    text=0.25, needles=0.55, recall=0.1, tracing=0.03, copies=0.07, new_value_weight=0.2
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,11 @@ class Phase:
         warm_up: steps from 0 to `learning_rate`.
         mode: `dense`, or `sparse` for the model's own rule.
         mixture: shares of the kinds of sequence.
+        alignment: weight of `alignment_loss` in the loss.
+        alignment_sharpness: multiplies the pooled logits in it. A pooled key holds a lone matching
+            key divided by `pool_size`; at 1 the model makes up for that by inflating all logits,
+            which ruins its attention. Choosing blocks needs their order only.
+        alignment_queries: queries of each sequence that it looks at.
     """
 
     name: str
@@ -73,6 +84,9 @@ class Phase:
     warm_up: int = 100
     mode: Literal["dense", "sparse"] = "sparse"
     mixture: Mixture = BACKBONE_MIXTURE
+    alignment: float = 0.0
+    alignment_sharpness: float = 4.0
+    alignment_queries: int = 256
 
 
 PHASES = (
@@ -87,8 +101,19 @@ PHASES = (
         warm_up=300,
         mode="dense",
     ),
-    Phase(name="middle", seq_len=2048, batch=32, steps=800, learning_rate=1e-3),
-    Phase(name="long", seq_len=8704, batch=8, steps=900, learning_rate=1e-3, final_share=0.02),
+    Phase(name="middle", seq_len=2048, batch=32, steps=250, learning_rate=1e-3, warm_up=50),
+    Phase(name="long", seq_len=8704, batch=8, steps=332, learning_rate=1e-3, final_share=0.02),
+    Phase(
+        name="retrieval",
+        seq_len=8704,
+        batch=8,
+        steps=900,
+        learning_rate=6e-4,
+        final_share=0.02,
+        warm_up=30,
+        mixture=RETRIEVAL_MIXTURE,
+        alignment=2.0,
+    ),
 )
 
 
@@ -221,6 +246,7 @@ def _train_phase(
                 state["moments"],
                 batch.tokens,
                 batch.loss_weights,
+                choose_queries(batch, phase, config.seed, step),
                 np.float32(learning_rate(phase, step, steps)),
             )
             state["step"] = step + 1
@@ -262,10 +288,20 @@ def make_step(
     """Make the jitted step: (params, moments, tokens, weights, rate) → (…)."""
 
     def loss_fn(
-        params: Any, tokens: Int[Array, "B T"], weights: Float[Array, "B T"]
+        params: Any,
+        tokens: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        looked_at: Int[Array, "B Q"],
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         model = merge_weights(graph, heads, params, "bfloat16")
-        logits = forward(model, tokens, mode=phase.mode, attention=attention)[:, :-1]
+        seen: dict[str, list[Any]] = {"q": [], "cache": []}
+        logits = forward(
+            model,
+            tokens,
+            mode=phase.mode,
+            attention=attention,
+            observe=lambda name, _, value: seen.get(name, []).append(value),
+        )[:, :-1]
         wanted, weight = tokens[:, 1:], weights[:, 1:]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
         total = jnp.sum(losses * weight) / jnp.sum(weight)
@@ -274,13 +310,35 @@ def make_step(
             jnp.sum(asked), 1
         )
         plain = jnp.sum(losses * (weight == 1.0)) / jnp.maximum(jnp.sum(weight == 1.0), 1)
-        return total, {"loss": total, "answer_accuracy": right, "text_bits": plain / jnp.log(2.0)}
+        aligned = recalled = jnp.float32(0.0)
+        if phase.alignment > 0:
+            for q, cache in zip(seen["q"], seen["cache"], strict=True):
+                divergence, recall = alignment_loss(
+                    q,
+                    cache.k,
+                    cache.summary.pooled,
+                    looked_at,
+                    model.config.sparse,
+                    phase.alignment_sharpness,
+                )
+                aligned += divergence / len(seen["q"])
+                recalled += recall / len(seen["q"])
+        objective = total + phase.alignment * aligned
+        return objective, {
+            "loss": total,
+            "alignment": aligned,
+            "recall": recalled,
+            "answer_accuracy": right,
+            "text_bits": plain / jnp.log(2.0),
+        }
 
     @jax.jit
     def step(
-        params: Any, moments: Any, tokens: Array, weights: Array, rate: Array
+        params: Any, moments: Any, tokens: Array, weights: Array, looked_at: Array, rate: Array
     ) -> tuple[Any, Any, Any]:
-        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens, weights)
+        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, tokens, weights, looked_at
+        )
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = tx.update(gradient, moments, params)
             updates = jax.tree.map(lambda u: u * rate, updates)
@@ -288,6 +346,88 @@ def make_step(
         return params, moments, metrics | {"grad_norm": optax.global_norm(gradient)}
 
     return step
+
+
+def choose_queries(
+    batch: WeightedBatch, phase: Phase, seed: int, step: int
+) -> Int[np.ndarray, "B Q"]:
+    """Pick queries for `alignment_loss`: half of them predict an answer, where there are any."""
+    rng = np.random.default_rng([seed, step, 77])
+    length = batch.tokens.shape[1]
+    rows = []
+    for weights in batch.loss_weights:
+        asking = np.flatnonzero(weights[1:] > 1.0)
+        count = phase.alignment_queries // 2 if len(asking) else 0
+        chosen = rng.choice(asking, count) if count else np.empty(0, np.int64)
+        others = rng.integers(length, size=phase.alignment_queries - count)
+        rows.append(np.concatenate([chosen, others]))
+    return np.stack(rows).astype(np.int32)
+
+
+def alignment_loss(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    pooled: Float[Array, "B C K H"],
+    queries: Int[Array, "B Q"],
+    sparse: SparseConfig,
+    sharpness: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Teach pooled keys to find what attention wants: KL(attention ‖ pooled scores) over blocks.
+
+    For some queries, the attention mass that full attention puts on each block that is not pinned
+    (no gradient), against the mass of the own-query rule on the cells of the block. Both are
+    normalised over those blocks; a row counts by the attention mass that it puts there, so rows
+    that look nowhere far weigh nothing. Choosing blocks has no gradient; this gives the keys one.
+
+    Args:
+        q: rotated queries of a layer.
+        k: rotated keys.
+        pooled: pooled keys.
+        queries: positions looked at.
+        sparse: the rule.
+        sharpness: multiplies the pooled logits.
+
+    Returns:
+        The mean divergence over rows and KV heads, and the share of the mass on free blocks that
+        the blocks chosen by the rule hold.
+    """
+    length, kv_heads = k.shape[1], k.shape[2]
+    blocks, cells = sparse.blocks(length), sparse.cells_per_block
+    asked = jax.vmap(lambda row, index: row[index])(q, queries)
+    grouped = asked.reshape(*asked.shape[:2], kv_heads, -1, asked.shape[-1])
+    logits = jnp.einsum(
+        "bqkgh,bskh->bqkgs",
+        jax.lax.stop_gradient(grouped),
+        jax.lax.stop_gradient(k),
+        preferred_element_type=jnp.float32,
+    ) * (q.shape[-1] ** -0.5)
+    past = jnp.arange(length)[None, None, :] <= queries[:, :, None]
+    mass = jax.nn.softmax(jnp.where(past[:, :, None, None, :], logits, LOWEST), axis=-1)
+    mass = jnp.mean(mass, axis=3)  # [B Q K S]
+    mass = jnp.pad(mass, ((0, 0),) * 3 + ((0, blocks * sparse.block_size - length),))
+    wanted = mass.reshape(*mass.shape[:3], blocks, sparse.block_size).sum(axis=-1)
+
+    visible = visible_cells(queries, pooled.shape[1], sparse)
+    ranks = jax.lax.stop_gradient(score_by_queries(asked, pooled, visible))
+    ranks = jnp.where(visible[:, :, None, :], ranks, LOWEST)
+    chosen = select_blocks(pool_scores(ranks, blocks, cells), queries, sparse).ids
+    found = score_by_queries(asked * jnp.asarray(sharpness, asked.dtype), pooled, visible)
+    found = found / grouped.shape[3]
+    found = jnp.pad(found, ((0, 0),) * 3 + ((0, blocks * cells - found.shape[-1]),))
+    found = found.reshape(*found.shape[:3], blocks, cells).sum(axis=-1)  # [B Q K M]
+
+    own = (queries // sparse.block_size)[:, :, None]
+    free = (jnp.arange(blocks)[None, None, :] <= own) & ~pinned_blocks(queries, blocks, sparse)
+    free = free[:, :, None, :]
+    wanted, found = jnp.where(free, wanted, 0.0), jnp.where(free, found, 0.0)
+    weight = jnp.sum(wanted, axis=-1)
+    wanted = wanted / jnp.maximum(weight, 1e-6)[..., None]
+    found = found / jnp.maximum(jnp.sum(found, axis=-1), 1e-6)[..., None]
+    divergence = jnp.sum(
+        wanted * (jnp.log(jnp.maximum(wanted, 1e-9)) - jnp.log(jnp.maximum(found, 1e-9))), axis=-1
+    )
+    held = jnp.sum(jnp.where(block_mask(chosen, blocks), wanted, 0.0), axis=-1) * weight
+    return jnp.mean(weight * divergence), jnp.sum(held) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
 def merge_weights(graph: nnx.GraphDef, heads: Any, params: Any, dtype: str) -> SpardaLM:

@@ -10,7 +10,7 @@ bias per key, and run softmax in f32.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def map_tiles(f: Callable[[Any], Any], arrays: Any, tile: int, padding: Any) -> 
         return f(arrays)
     tiles = -(-queries // tile)
 
-    def split(x: Array, fill: float) -> Array:
+    def split(x: Array, fill: float | int) -> Array:
         width = [(0, 0)] * x.ndim
         width[1] = (0, tiles * tile - queries)
         x = jnp.pad(x, width, constant_values=fill)
@@ -370,11 +370,42 @@ def attend_masked(
     return jnp.concatenate(outs, axis=1)
 
 
-def attend_cudnn(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+def attend_fused(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    blocks: Bool[Array, "B T K M"] | None,
+    *,
+    block_size: int,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Attend causally to whole sequences, T = S, with cuDNN: bf16 on an NVIDIA GPU only.
+    """Attend as `attend_masked`, with a fused kernel that reads the mask as a bias.
 
-    Rows of padding hold what a causal row holds, not zeros.
+    For whole sequences, T = S; rows of padding hold what a causal row holds, not zeros. Each KV
+    head has its own mask, so KV heads join the batch.
+
+    Args:
+        q: rotated queries.
+        k: rotated keys.
+        v: values.
+        blocks: which blocks each (query, KV head) reads; `None` for all of them.
+        block_size: W.
+        implementation: `cudnn` (bf16 on an NVIDIA GPU) or `xla`, the same function anywhere.
     """
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if blocks is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    queries = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    queries = queries.reshape(batch * kv_heads, length, group, dim)
+    keys = k.transpose(0, 2, 1, 3).reshape(batch * kv_heads, length, 1, dim)
+    values = v.transpose(0, 2, 1, 3).reshape(batch * kv_heads, length, 1, dim)
+    mask = blocks.transpose(0, 2, 1, 3).reshape(batch * kv_heads, 1, length, blocks.shape[3])
+    mask = jnp.repeat(mask, block_size, axis=-1)[..., :length]
+    past = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
+    out = jax.nn.dot_product_attention(
+        queries, keys, values, mask=mask & past[None, None], implementation=implementation
+    )
+    out = out.reshape(batch, kv_heads, length, group, dim).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, length, heads, dim)

@@ -9,7 +9,7 @@ a flag here, never a subclass.
 
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Literal
 
 from sparda_jax.shapes import blocks_in, pooled_in
 
@@ -242,7 +242,7 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @classmethod
-    def minicpm4_1_8b(cls) -> Self:
+    def minicpm4_1_8b(cls) -> "ModelConfig":
         """MiniCPM4.1-8B at its native 64K, without LongRoPE factors (the checkpoint has them)."""
         return cls(
             vocab_size=73448,
@@ -258,7 +258,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def nosa_8b(cls) -> Self:
+    def nosa_8b(cls) -> "ModelConfig":
         """NOSA-8B at its native 32K, in the sizes that its kernels imply."""
         return cls(
             vocab_size=73448,
@@ -278,7 +278,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def shipped(cls) -> Self:
+    def shipped(cls) -> "ModelConfig":
         """The small byte-level model in `sparda_jax/shipped`: 8,192-byte documents and answers."""
         return cls(
             vocab_size=259,

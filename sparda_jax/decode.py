@@ -26,7 +26,7 @@ from sparda_jax.attention import attend_records
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import KVState, LayerKV, append_tokens
 from sparda_jax.model import DecoderLayer, Plan, SpardaLM, make_probes, targets_of
-from sparda_jax.parts import Layout, Parts
+from sparda_jax.parts import EXACT, Layout, Parts
 from sparda_jax.pooling import LOWEST
 from sparda_jax.rope import Rope, make_rope
 from sparda_jax.selection import select_blocks
@@ -330,7 +330,7 @@ def resident_program(layout: Layout, plan: Plan) -> Callable:
         ids = tuple(choices[layer] for layer in sorted(choices))
         return after, model.logits(x)[:, 0], ids, jnp.stack(counts)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=EXACT)
 
 
 class ResidentDecoder:

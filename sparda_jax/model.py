@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.attention import (
     Attention,
     attend_chosen,
-    attend_cudnn,
     attend_dense,
+    attend_fused,
     attend_masked,
     map_tiles,
 )
@@ -35,7 +35,7 @@ from sparda_jax.shapes import NO_BLOCK, Mode, Parity
 
 AttentionPath = Literal["gather", "mask", "cudnn"]
 """How blocks are read: `gather` the chosen ones only; `mask` all of them under a mask, which is
-differentiable; `cudnn` as `mask`, and by cuDNN where every block is read."""
+differentiable; `cudnn` the same by cuDNN's fused kernel, in bf16 on an NVIDIA GPU."""
 
 Observer = Callable[[str, int, object], None]
 """Is told (name, layer, value) while a program is traced: for tests, recall and notebooks."""
@@ -265,12 +265,14 @@ def attend_chunk(
         block_size=sparse.block_size,
         tile_q=max(1024, -(-q.shape[1] // 4)),
     )
+    if plan.attention == "cudnn":
+        if bias is not None:
+            raise ValueError("attention='cudnn' has no bias per key; use 'mask' or 'gather'")
+        whole = lambda blocks, positions, key_bias: attend_fused(
+            q, cache.k, cache.v, blocks, block_size=sparse.block_size
+        )
     if plan.selector is None:
-        if plan.attention == "cudnn":
-            if bias is not None:
-                raise ValueError("attention='cudnn' has no bias per key; use 'mask' or 'gather'")
-            return attend_cudnn(q, cache.k, cache.v), None
-        if plan.attention == "mask":
+        if plan.attention != "gather":
             return whole(blocks=None, positions=positions, key_bias=bias), None
         return attend_dense(q, cache.k, cache.v, positions, bias), None
 
@@ -415,7 +417,7 @@ def forward(
         logits: for `all` positions, for the `last` real one of each row, or for given positions.
         return_choices: return the chosen block ids of every layer as well.
         attention: `gather` reads chosen blocks only; `mask` computes all scores and is
-            differentiable; `cudnn` as `mask`, with cuDNN in dense mode.
+            differentiable; `cudnn` the same by a fused kernel, in bf16 on an NVIDIA GPU.
         remat: recompute each layer in the backward pass.
         parity: `"reference"` repeats the original's deviations, for comparison.
         observe: told about inputs, queries, probes and caches while tracing.

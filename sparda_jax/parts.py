@@ -15,6 +15,12 @@ from jaxtyping import Array, Float
 
 from sparda_jax.model import SpardaLM
 
+EXACT = {"xla_allow_excess_precision": False}
+"""Compiler options of every program of generation: bf16 rounds where the code says so.
+
+By default XLA keeps the f32 of fused bf16 operations, so two programs that cut a step at different
+places round differently. With this, one program and layer by layer give the same bits."""
+
 HEAD = -1
 """The part that holds embedding, final norm and LM head."""
 

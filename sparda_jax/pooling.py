@@ -41,7 +41,7 @@ def pooled_count(lengths: Int[Array, "*B"], sparse: SparseConfig) -> Int[Array, 
 
 
 def init_pooled(
-    batch: int, capacity: int, heads: int, dim: int, sparse: SparseConfig, dtype: jnp.dtype | str
+    batch: int, capacity: int, heads: int, dim: int, sparse: SparseConfig, dtype: str
 ) -> PooledSummary:
     """Make an empty summary with room for the windows of `capacity` tokens a sequence."""
     return PooledSummary(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.attention import block_records
 from sparda_jax.model import LayerCache, Plan, init_cache, run_chunk
-from sparda_jax.parts import HEAD, Layout, Parts, pick
+from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
 from sparda_jax.rope import make_rope
 from sparda_jax.shapes import NO_BLOCK
 
@@ -98,13 +98,15 @@ def _chunk_program(layout: Layout, plan: Plan) -> Callable:
                 chosen[layer] = jnp.where(ends_here[:, None, None], ids, chosen[layer])
         return caches, last, chosen
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, compiler_options=EXACT)
 
 
 @functools.lru_cache(maxsize=32)
 def _logits_program(layout: Layout) -> Callable:
     """Compile the LM head for one position of each row."""
-    return jax.jit(lambda parts, x: layout.merge(parts).logits(x[:, None])[:, 0])
+    return jax.jit(
+        lambda parts, x: layout.merge(parts).logits(x[:, None])[:, 0], compiler_options=EXACT
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block_size"))

@@ -9,7 +9,7 @@ then takes one token of each row at a time. The tokens may be sampled or given (
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,12 @@ from sparda_jax.shapes import Mode, Parity
 
 KVPlace = Literal["auto", "resident", "offload"]
 """Where K and V live: on the device, on the host, or on the device if they fit there."""
+
+Prompt = Sequence[int] | Int[np.ndarray, " S"]
+"""Token ids of one prompt, at least one."""
+
+_seed_resident = jax.jit(seed_resident, static_argnames="block_size")
+_seed_slots = jax.jit(seed_slots, static_argnames=("slots", "block_size"))
 
 _LOG = logging.getLogger(__name__)
 _SHARE = 0.9  # of the free device memory that KV may take; the rest is for activations
@@ -142,7 +148,7 @@ def choose_place(
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
+    prompts: Sequence[Prompt], max_new_tokens: int, config: ModelConfig
 ) -> list[Int[np.ndarray, " S"]]:
     """Turn prompts into arrays, refusing what no model could run.
 
@@ -156,7 +162,7 @@ def check_prompts(
         ValueError: `max_new_tokens` < 1.
         CapacityError: a prompt and what may follow exceed `max_context`.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise DataError("got 0 prompts; generation needs at least 1")
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
@@ -220,7 +226,7 @@ class Session:
     def __init__(
         self,
         model: SpardaLM,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int,
         mode: Mode = "sparda",
@@ -238,19 +244,18 @@ class Session:
         self.config = config
         self._prompts = check_prompts(prompts, max_new_tokens, config)
         self.batch = len(self._prompts)
-        self.lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
-        self.reach = self.lengths + np.int32(max_new_tokens)
-        longest = int(self.lengths.max())
+        self._prompt_lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
+        self._reach = self._prompt_lengths + np.int32(max_new_tokens)
+        longest = int(self._prompt_lengths.max())
         if prefill_chunk is None:
             prefill_chunk = max(sparse.block_size, 1024 // sparse.block_size * sparse.block_size)
         self.chunk = chunk_tokens(longest, prefill_chunk, sparse.block_size)
-        self.capacity = round_capacity(int(self.reach.max()), self.chunk)
+        self.capacity = round_capacity(int(self._reach.max()), self.chunk)
         if prefill_rows is not None and prefill_rows < 1:
             raise ValueError(f"{prefill_rows=} must be at least 1")
-        self._rows = min(prefill_rows or self.batch, self.batch)
-        self.place = choose_place(
-            kv, mode, config, self.batch, self.capacity, free_device_bytes()
-        )
+        free = free_device_bytes()
+        self.place = choose_place(kv, mode, config, self.batch, self.capacity, free)
+        self._rows = self._count_rows(prefill_rows, free)
         self.plan = self._make_plan(mode, selector, parity)
         self._prefill_plan = self.plan
         if prefill_selector is not None:
@@ -268,23 +273,27 @@ class Session:
         self._decoder: ResidentDecoder | StagedDecoder | None = None
         self._counts: list[Int[Array, "L 3"]] = []
         self._counted: list[Int[np.ndarray, "L 3"]] = []
-        self._left = max_new_tokens
+        self._allowed = self._left = max_new_tokens
 
-    def _make_plan(
-        self, mode: Mode, selector: str | Selector | None, parity: Parity
-    ) -> Plan:
+    def _count_rows(self, rows: int | None, free: int | None) -> int:
+        """Settle how many prompts are prefilled together: offloaded, half of the free memory."""
+        if rows is None:
+            rows = self.batch
+            if self.place == "offload" and free is not None:
+                rows = max(1, free // 2 // full_kv_bytes(self.config, 1, self.capacity))
+        return min(rows, self.batch)
+
+    def _make_plan(self, mode: Mode, selector: str | Selector | None, parity: Parity) -> Plan:
         plan = make_plan(
             self.config,
             mode,
             max_length=self.capacity,
-            shortest=int(self.lengths.min()) + 1,
+            shortest=int(self._prompt_lengths.min()) + 1,
             selector=selector,
             parity=parity,
         )
         if self.place == "offload" and plan.selector is None:  # short, but still in slots
-            plan = dataclasses.replace(
-                plan, selector=resolve(mode, self.config, selector, parity)
-            )
+            plan = dataclasses.replace(plan, selector=resolve(mode, self.config, selector, parity))
         return plan
 
     def _count_slots(self, slots: int | None) -> int:
@@ -309,7 +318,13 @@ class Session:
 
         Returns:
             Logits after the last token of each prompt, f32.
+
+        Raises:
+            ValueError: it has run already.
+            CapacityError: the host has too little memory.
         """
+        if self._decoder is not None or self._host is not None:
+            raise ValueError("prefill runs once; open another session for other prompts")
         if self.place == "offload":
             self._host = HostKV(self.config, self.batch, self.capacity)
         groups, logits = [], []
@@ -320,8 +335,8 @@ class Session:
             logits.append(out)
         state = KVState(
             layers=join_layers(groups),
-            lengths=jnp.array(self.lengths),
-            reach=jnp.array(self.reach),
+            lengths=jnp.array(self._prompt_lengths),
+            reach=jnp.array(self._reach),
             step=jnp.array(1, jnp.int32),
         )
         if self._host is None:
@@ -336,7 +351,8 @@ class Session:
         """Prefill some of the prompts; a short last group is padded with empty rows."""
         lengths = np.zeros((self._rows,), np.int32)
         reach = np.zeros((self._rows,), np.int32)
-        lengths[: len(rows)], reach[: len(rows)] = self.lengths[rows], self.reach[rows]
+        lengths[: len(rows)] = self._prompt_lengths[rows]
+        reach[: len(rows)] = self._reach[rows]
         padded = -(-int(lengths.max()) // self.chunk) * self.chunk
         tokens = np.zeros((self._rows, padded), np.int32)
         for place, row in enumerate(rows):
@@ -376,6 +392,11 @@ class Session:
                 )
         return layers
 
+    def _opened(self) -> ResidentDecoder | StagedDecoder:
+        if self._decoder is None:
+            raise ValueError("this needs a prefilled, open session: call prefill first")
+        return self._decoder
+
     def step(
         self, tokens: Int[Array, " B"] | np.ndarray, active: Bool[Array, " B"] | None = None
     ) -> Float[Array, "B V"]:
@@ -393,19 +414,83 @@ class Session:
             CapacityError: more tokens than `max_new_tokens` were fed.
             ValueError: before `prefill`, or after `close`.
         """
-        if self._decoder is None:
-            raise ValueError("step needs a prefilled, open session: call prefill first")
+        decoder = self._opened()
         if self._left == 0:
             raise CapacityError(
-                f"all {int(self.reach[0] - len(self._prompts[0]))} of max_new_tokens have been "
-                "fed; open the session with more"
+                f"all {self._allowed} of max_new_tokens have been fed; open the session with more"
             )
         self._left -= 1
-        tokens = jnp.asarray(tokens, jnp.int32)
+        tokens = jnp.asarray(tokens).astype(jnp.int32)
         if active is None:
             active = jnp.ones((self.batch,), bool)
-        logits, counts = self._decoder.step(tokens, jnp.asarray(active))
+        logits, counts = decoder.step(tokens, jnp.asarray(active))
         self._counts.append(counts)
         if len(self._counts) == 64:
             self._drain()
         return logits
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        """Tokens held of each sequence."""
+        if self._decoder is None:
+            return self._prompt_lengths
+        return np.asarray(self._decoder.state.lengths)
+
+    @property
+    def choices(self) -> tuple[Int[Array, "B K J"], ...]:
+        """Block ids that the last step read, by layer; empty in dense mode."""
+        return self._opened().choices
+
+    def _drain(self) -> None:
+        self._counted += jax.device_get(self._counts)
+        self._counts.clear()
+
+    def traffic(self) -> Traffic:
+        """Sum up what the cache did so far, by step and layer."""
+        self._drain()
+        counts = np.zeros((0, self.config.layers, 3), np.int32)
+        if self._counted:
+            counts = np.stack(self._counted)
+        resident, fetched, evicted = np.moveaxis(counts.astype(np.int64), -1, 0)
+        return Traffic(resident, fetched, evicted, record_bytes(self.config))
+
+    def traffic_of(self, step: int) -> Traffic:
+        """Sum up what one step did, counted from 0."""
+        if step >= len(self._counted):
+            self._drain()
+        resident, fetched, evicted = np.moveaxis(self._counted[step].astype(np.int64), -1, 0)
+        return Traffic(resident[None], fetched[None], evicted[None], record_bytes(self.config))
+
+    def device_kv_bytes(self) -> dict[str, int]:
+        """Count what the device holds between steps: slots, tables, importance, summaries."""
+
+        def count(trees: list[object]) -> int:
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+
+        layers = self._opened().state.layers
+        return {
+            "slots": count([kv.slots for kv in layers]),
+            "tables": count([kv.pool for kv in layers]),
+            "importance": count([kv.importance for kv in layers]),
+            "summaries": count([kv.summary for kv in layers]),
+        }
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """Bytes of all K and V with room for `capacity` tokens a sequence."""
+        return full_kv_bytes(self.config, self.batch, self.capacity)
+
+    def close(self) -> None:
+        """Free the state and the host memory."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

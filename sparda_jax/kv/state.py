@@ -213,3 +213,13 @@ def take_tail(
 ) -> Float[Array, "B K 2 W H"]:
     """Copy the record of the block being filled out of its slot."""
     return jax.vmap(jax.vmap(lambda row, index: row[index]))(slots, jnp.maximum(tail, 0))
+
+
+def join_layers(groups: list[list[LayerKV]]) -> list[LayerKV]:
+    """Join the states of groups of rows, layer by layer; every leaf has the rows first."""
+    if len(groups) == 1:
+        return groups[0]
+    return [
+        jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        for parts in zip(*groups, strict=True)
+    ]

@@ -23,11 +23,11 @@ from sparda_jax.pooling import (
     extend_pooled,
     init_pooled,
     pool_scores,
-    pooled_count,
 )
 from sparda_jax.rope import Rope
 from sparda_jax.selection import pinned_blocks
 from sparda_jax.selectors.base import KeySummary, Probe, Selector, Source, get, register
+from sparda_jax.selectors.query import visible_cells
 from sparda_jax.shapes import Parity
 
 _SHORTLISTED = 1e30
@@ -80,7 +80,7 @@ class NosaSelector:
         config = self.config
         return NosaSummary(
             inner=self.inner.init_summary(batch, capacity, dtype),
-            importance=init_pooled(batch, capacity, config.kv_heads, 1, config.sparse, jnp.float32),
+            importance=init_pooled(batch, capacity, config.kv_heads, 1, config.sparse, "float32"),
         )
 
     def extend_summary(
@@ -113,15 +113,14 @@ class NosaSelector:
         return self.inner.probe(model, layer, target, x, q, rope)
 
     def importance_scores(
-        self, summary: NosaSummary, lengths: Int[Array, " B"], num_blocks: int
-    ) -> Float[Array, "B 1 K M"]:
-        """Pool token importance to block scores: the same for every query of a sequence."""
+        self, summary: NosaSummary, positions: Int[Array, "B T"], num_blocks: int
+    ) -> Float[Array, "B T K M"]:
+        """Pool token importance to block scores; a window counts once it lies in the past."""
         sparse = self.config.sparse
         pooled = summary.importance.pooled[..., 0]  # [B C K]
-        cells = jnp.swapaxes(pooled, 1, 2)[:, None]  # [B 1 K C]
-        held = pooled_count(lengths, sparse)[:, None, None, None]
-        visible = jnp.arange(pooled.shape[1])[None, None, None, :] < held
-        return pool_scores(jnp.where(visible, cells, LOWEST), num_blocks, sparse.cells_per_block)
+        visible = visible_cells(positions, pooled.shape[1], sparse)[:, :, None, :]
+        cells = jnp.where(visible, jnp.swapaxes(pooled, 1, 2)[:, None], LOWEST)
+        return pool_scores(cells, num_blocks, sparse.cells_per_block)
 
     def score_blocks(
         self,
@@ -144,6 +143,5 @@ class NosaSelector:
         best, ids = jax.lax.top_k(ranked, wanted)  # [B T K wanted], ties to the lower id
         ids = jnp.where(best > -jnp.inf, ids, num_blocks)
         listed = jnp.any(ids[..., None] == block[..., None, :], axis=-2)
-        importance = jnp.where(past, self.importance_scores(summary, lengths, num_blocks), LOWEST)
-        importance = jnp.broadcast_to(importance, listed.shape)
+        importance = jnp.where(past, self.importance_scores(summary, positions, num_blocks), LOWEST)
         return jnp.where(listed, _SHORTLISTED, importance)

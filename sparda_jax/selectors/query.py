@@ -50,9 +50,7 @@ class PooledKeys:
     def init_summary(self, batch: int, capacity: int, dtype: str) -> PooledSummary:
         """Make the empty summary of a layer for `capacity` tokens a sequence."""
         config = self.config
-        return init_pooled(
-            batch, capacity, config.kv_heads, config.head_dim, config.sparse, jnp.dtype(dtype)
-        )
+        return init_pooled(batch, capacity, config.kv_heads, config.head_dim, config.sparse, dtype)
 
     def extend_summary(
         self,

@@ -62,6 +62,7 @@ class RandomSelector(PooledKeys):
         """Score blocks by 24 random bits."""
         del summary, positions, lengths
         shape = (*probe.shape, self.config.kv_heads, num_blocks)
-        cell = jax.lax.broadcasted_iota(jnp.uint32, shape, 2) * jnp.uint32(num_blocks)
-        cell = cell + jax.lax.broadcasted_iota(jnp.uint32, shape, 3)
+        heads = jnp.uint32(self.config.kv_heads)
+        cell = jax.lax.broadcasted_iota(jnp.uint32, shape, 3) * heads
+        cell = cell + jax.lax.broadcasted_iota(jnp.uint32, shape, 2)
         return (_mix(probe[:, :, None, None] + _mix(cell)) >> jnp.uint32(8)).astype(jnp.float32)

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from sparda_jax.attention import map_tiles
 from sparda_jax.config import ModelConfig
 from sparda_jax.pooling import PooledSummary
 from sparda_jax.selection import BlockChoice, select_blocks
 from sparda_jax.selectors import KeySummary, Selector, resolve
+from sparda_jax.selectors.base import round_scores
 from sparda_jax.selectors.nosa import NosaSelector, NosaSummary
 from sparda_jax.selectors.query import PooledKeys
 from sparda_jax.shapes import Mode, Parity
+from sparda_jax.training.attend import map_spans
 from sparda_jax.training.loss import counted_rows, forecast_kl, supervised_cells
 from sparda_jax.training.teacher import (
     block_mass,
@@ -39,11 +40,6 @@ from sparda_jax.training.teacher import (
 Routing = Literal["teacher", "forecast"]
 """Whose choice the layers read while training: the teacher's (the paper) or the forecast's."""
 
-_SPAN = 2048
-"""Queries per span, up to `_SPANS` spans; each is compiled once per layer."""
-
-_SPANS = 4
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
@@ -52,7 +48,7 @@ class LayerPlan:
     Attributes:
         config: of the model.
         routing: whose blocks the layers read.
-        attention: how chosen blocks are read: gathered, or under a mask.
+        attention: how chosen blocks are read: gathered, or under a mask over all keys.
         parity: `None` for the correct rules.
         tile_bytes: bound on the largest array of a tile.
         has_gradient: compute the gradient of the loss.
@@ -63,7 +59,7 @@ class LayerPlan:
     routing: Routing = "teacher"
     attention: Literal["gather", "mask"] = "gather"
     parity: Parity = None
-    tile_bytes: int = 64 << 20
+    tile_bytes: int = 8 << 20
     has_gradient: bool = True
     has_metrics: bool = True
 
@@ -82,9 +78,11 @@ class LayerPlan:
         fine = keys // sparse.teacher_pool_stride
         return self._tile(2 * batch * self.config.heads * max(fine, sparse.pooled(keys), 1) * 4)
 
-    def attention_tile(self, batch: int) -> int:
-        """Choose for how many queries to gather blocks at once within `tile_bytes`."""
+    def attention_tile(self, batch: int, keys: int) -> int:
+        """Choose for how many queries to gather or mask blocks at once within `tile_bytes`."""
         config = self.config
+        if self.attention == "mask":
+            return self._tile(2 * batch * config.heads * keys * 4)
         tokens = config.sparse.selected_blocks * config.sparse.block_size
         per_token = 2 * config.kv_heads * config.head_dim + config.heads
         return self._tile(batch * tokens * per_token * 4)
@@ -94,8 +92,13 @@ class LayerPlan:
 
 
 def default_tile_bytes() -> int:
-    """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 64 MiB."""
-    return (1 << 30) if jax.default_backend() == "gpu" else (64 << 20)
+    """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 8 MiB."""
+    return (1 << 30) if jax.default_backend() == "gpu" else (8 << 20)
+
+
+def default_attention() -> Literal["gather", "mask"]:
+    """Give the faster way to read blocks: `gather` on a GPU, `mask` on a CPU up to about 8K."""
+    return "gather" if jax.default_backend() == "gpu" else "mask"
 
 
 @typing.no_type_check
@@ -105,6 +108,7 @@ class LayerLabels:
 
     Attributes:
         ids: blocks that the layer reads, ascending, then `NO_BLOCK`.
+        blocks: the same blocks as marks.
         kl: KL of each row, zero where it does not count.
         counted: rows that count in the loss.
         gradient: of the sum of `kl` with respect to the rotated forecast, f32.
@@ -113,6 +117,7 @@ class LayerLabels:
     """
 
     ids: Int[Array, "B T K J"]
+    blocks: Bool[Array, "B T K M"]
     kl: Float[Array, "B T K"]
     counted: Bool[Array, "B T K"]
     gradient: Float[Array, "B T K H"]
@@ -179,7 +184,7 @@ def teacher_choices(
     the teacher as the query-aware score, the second the query-aware share alone.
     """
     config = plan.config
-    scores = teacher_scores(cells, num_blocks, config.sparse)
+    scores = teacher_scores(round_scores(cells, plan.parity), num_blocks, config.sparse)
     if not config.token_importance:
         choice = select_blocks(scores, positions, config.sparse, parity=plan.parity)
         return choice, choice
@@ -217,24 +222,16 @@ def label_layer(
     References:
         SparDA, arXiv:2606.04511, section 4.2.
     """
-    batch, queries = positions.shape
-    num_blocks = plan.config.sparse.blocks(queries)
+    num_blocks = plan.config.sparse.blocks(positions.shape[1])
     fine = fine_keys(k, plan.config.sparse)
-    tile = plan.label_tile(batch, queries)
-    spans = 1 if is_own_query(plan.config.sparse) else max(1, min(_SPANS, queries // _SPAN))
-    ends = [queries * (span + 1) // spans for span in range(spans)]
-    parts = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        now = slice(start, end)
-        rows = (q[:, now], forecast[:, now], positions[:, now])
 
+    def label(rows: tuple[Array, Array, Array], end: int) -> LayerLabels:
         held = fine[:, : -(-end // plan.config.sparse.teacher_pool_stride)]
+        return _label_tile(plan, rows, held, summary, lengths, num_blocks)
 
-        def label(rows: tuple[Array, Array, Array], held: Array = held) -> LayerLabels:
-            return _label_tile(plan, rows, held, summary, lengths, num_blocks)
-
-        parts.append(map_tiles(label, rows, tile, (0, 0, -1)))
-    return parts[0] if spans == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    tile = plan.label_tile(*positions.shape)
+    spans = 1 if is_own_query(plan.config.sparse) else None
+    return map_spans(label, (q, forecast, positions), tile, (0, 0, -1), spans=spans)
 
 
 @jax.named_scope("label_tile")
@@ -286,6 +283,7 @@ def _label_tile(
             overlap = overlap_rows(marked, own, positions, sparse)
     return LayerLabels(
         ids=read.ids,
+        blocks=mark_blocks(read.ids, num_blocks),
         kl=kl,
         counted=counted,
         gradient=gradient,

@@ -8,14 +8,17 @@ forecast has a gradient, and a row's gradient needs that row alone, so a tile co
 and nothing is kept for a backward pass.
 """
 
+import typing
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.config import SparseConfig
 from sparda_jax.pooling import LOWEST
 from sparda_jax.selectors.base import score_cells
-from sparda_jax.training.teacher import EPSILON, free_blocks, normalise
+from sparda_jax.training.teacher import free_blocks, normalise
 
 FLOOR = 1e-8
 """No entry of a distribution is smaller before it is normalised."""
@@ -52,9 +55,39 @@ def visible_to_student(
     return seen & (start + sparse.pool_size <= lengths[:, None, None])
 
 
+@typing.no_type_check
+@struct.dataclass
+class _Vector:
+    """A distribution before it is divided by `total`: cells raised to the floor, and the rest."""
+
+    cells: Float[Array, "B T K C"]
+    rest: Float[Array, "B T K"]
+    total: Float[Array, "B T K"]
+
+
+def _vector(mass: Float[Array, "B T K C"], kept: Bool[Array, "B T K C"], entries: int) -> _Vector:
+    """Collect supervised cells and the rest; other entries of the list are at the floor."""
+    cells = jnp.maximum(mass, FLOOR)
+    rest = jnp.maximum(jnp.sum(jnp.where(kept, 0.0, mass), axis=-1), FLOOR)
+    spare = (entries - 1 - jnp.sum(kept, axis=-1)).astype(jnp.float32)
+    total = jnp.sum(jnp.where(kept, cells, 0.0), axis=-1) + rest + spare * FLOOR
+    return _Vector(cells=cells, rest=rest, total=total)
+
+
+def student_probs(
+    logits: Float[Array, "B T K C"], seen: Bool[Array, "B T C"]
+) -> Float[Array, "B T K C"]:
+    """Compute the student: softmax over the cells seen; a row that sees none is zero."""
+    seen = seen[:, :, None, :]
+    logits = jnp.where(seen, logits, LOWEST)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=LOWEST))
+    mass = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(mass, axis=-1, keepdims=True)
+    return mass / jnp.where(total > 0.0, total, 1.0)
+
+
 def kl_rows(
-    logits: Float[Array, "B T K C"],
-    seen: Bool[Array, "B T C"],
+    student: Float[Array, "B T K C"],
     teacher: Float[Array, "B T K C"],
     kept: Bool[Array, "B T K C"],
     entries: int,
@@ -66,8 +99,7 @@ def kl_rows(
     its sum.
 
     Args:
-        logits: forecast · pooled / √H, f32.
-        seen: cells in the student's softmax.
+        student: what `student_probs` gives.
         teacher: on the pooled grid, not normalised.
         kept: supervised cells.
         entries: cells per block times the width of the list, plus one.
@@ -78,26 +110,30 @@ def kl_rows(
     References:
         SparDA, arXiv:2606.04511, section 4.2, equation 7.
     """
-    seen = seen[:, :, None, :]
-    logits = jnp.where(seen, logits, LOWEST)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=LOWEST))
-    student = jnp.where(seen, jnp.exp(logits - top), 0.0)
-    total = jnp.sum(student, axis=-1, keepdims=True)
-    student = student / jnp.where(total > 0.0, total, 1.0)
-    student = student / (jnp.sum(student, axis=-1, keepdims=True) + EPSILON)
+    target, guess = _vector(normalise(teacher), kept, entries), _vector(student, kept, entries)
+    parts = jnp.where(kept, target.cells * jnp.log(target.cells / guess.cells), 0.0)
+    parts = jnp.sum(parts, axis=-1) + target.rest * jnp.log(target.rest / guess.rest)
+    return parts / target.total - jnp.log(target.total / guess.total)
 
-    def vector(mass: Array) -> tuple[Array, Array, Array]:
-        cells = jnp.maximum(mass, FLOOR)
-        rest = jnp.maximum(jnp.sum(jnp.where(kept, 0.0, mass), axis=-1), FLOOR)
-        spare = (entries - 1 - jnp.sum(kept, axis=-1)).astype(jnp.float32)  # entries at the floor
-        return cells, rest, jnp.sum(jnp.where(kept, cells, 0.0), axis=-1) + rest + spare * FLOOR
 
-    target, target_rest, target_sum = vector(normalise(teacher))
-    guess, guess_rest, guess_sum = vector(student)
-    parts = jnp.where(kept, target * (jnp.log(target) - jnp.log(guess)), 0.0)
-    total = jnp.sum(parts, axis=-1)
-    total = total + target_rest * (jnp.log(target_rest) - jnp.log(guess_rest))
-    return total / target_sum - jnp.log(target_sum) + jnp.log(guess_sum)
+def kl_slope(
+    student: Float[Array, "B T K C"],
+    teacher: Float[Array, "B T K C"],
+    kept: Bool[Array, "B T K C"],
+    entries: int,
+) -> Float[Array, "B T K C"]:
+    """Compute the derivative of `kl_rows` with respect to the logits of `student_probs`.
+
+    Floors aside this is p − y on the supervised cells and p · (1 − y_rest / p_rest) on the others,
+    with p the student and y the teacher. Arguments as `kl_rows`.
+    """
+    target, guess = _vector(normalise(teacher), kept, entries), _vector(student, kept, entries)
+    wide = lambda row: row[..., None]
+    cells = student / wide(guess.total) - target.cells / wide(target.total)
+    rest = 1.0 / guess.total - target.rest / (target.total * guess.rest)
+    rest = jnp.where(guess.rest > FLOOR, rest, 0.0)
+    pull = jnp.where(kept, jnp.where(student > FLOOR, cells, 0.0), student * wide(rest))
+    return pull - student * jnp.sum(pull, axis=-1, keepdims=True)
 
 
 def counted_rows(
@@ -149,15 +185,10 @@ def forecast_kl(
     """
     seen = visible_to_student(positions, lengths, pooled.shape[1], sparse)
     scale = forecast.shape[-1] ** -0.5
-    logits = score_cells(forecast, pooled)[:, :, :, 0] * scale
+    student = student_probs(score_cells(forecast, pooled)[:, :, :, 0] * scale, seen)
     entries = sparse.cells_per_block * width + 1
-
-    def summed(logits: Array) -> tuple[Array, Array]:
-        rows = jnp.where(counted, kl_rows(logits, seen, teacher, kept, entries), 0.0)
-        return jnp.sum(rows), rows
-
+    rows = jnp.where(counted, kl_rows(student, teacher, kept, entries), 0.0)
     if not has_gradient:
-        return summed(logits)[1], jnp.zeros(forecast.shape, jnp.float32)
-    slope, rows = jax.grad(summed, has_aux=True)(logits)
-    gradient = jnp.einsum("btkc,bckh->btkh", slope, pooled.astype(jnp.float32)) * scale
-    return rows, gradient
+        return rows, jnp.zeros(forecast.shape, jnp.float32)
+    slope = jnp.where(counted[..., None], kl_slope(student, teacher, kept, entries), 0.0)
+    return rows, jnp.einsum("btkc,bckh->btkh", slope, pooled.astype(jnp.float32)) * scale

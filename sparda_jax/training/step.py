@@ -20,47 +20,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from sparda_jax.attention import attend_chosen, attend_masked
+from sparda_jax.attention import attend_chosen
 from sparda_jax.config import ModelConfig
 from sparda_jax.model import SpardaLM
 from sparda_jax.rope import Rope, apply_rope, make_rope
 from sparda_jax.selectors import resolve
+from sparda_jax.training.attend import attend_marked
 from sparda_jax.training.layer import LayerLabels, LayerPlan, label_layer
-
-
-@typing.no_type_check
-@struct.dataclass
-class Heads:
-    """The Forecast heads as they are trained: f32, whatever the model's dtype.
-
-    Attributes:
-        forecast: of layers 0 … L − 2; layer l ranks the blocks of layer l + 1.
-        entry: of layer 0, ranks its own blocks.
-    """
-
-    forecast: tuple[Float[Array, "D K H"], ...]
-    entry: Float[Array, "D K H"]
-
-    def of(self, layer: int) -> Float[Array, "D K H"]:
-        """Give the weight that ranks the blocks of `layer`."""
-        return self.entry if layer == 0 else self.forecast[layer - 1]
-
-
-def heads_from(model: SpardaLM) -> Heads:
-    """Copy the heads of a model to f32."""
-    attentions = [layer.attention for layer in model.layers]
-    return Heads(
-        forecast=tuple(jnp.array(a.forecast_proj[...], jnp.float32) for a in attentions[:-1]),
-        entry=jnp.array(attentions[0].entry_forecast_proj[...], jnp.float32),
-    )
-
-
-def put_heads(model: SpardaLM, heads: Heads) -> None:
-    """Write heads into a model, in its dtype."""
-    attentions = [layer.attention for layer in model.layers]
-    slots = [a.forecast_proj for a in attentions[:-1]] + [attentions[0].entry_forecast_proj]
-    for slot, weight in zip(slots, [*heads.forecast, heads.entry], strict=True):
-        slot[...] = weight.astype(slot[...].dtype)
+from sparda_jax.training.state import Heads, OptimizerConfig, TrainState
 
 
 @typing.no_type_check
@@ -115,70 +82,6 @@ class StepMetrics:
             values = getattr(host, name)
             numbers |= {f"{prefix}/{name}/layer_{i}": float(x) for i, x in enumerate(values)}
         return numbers
-
-
-@typing.no_type_check
-@struct.dataclass
-class TrainState:
-    """What training changes: heads, the optimiser's moments, and the number of steps taken."""
-
-    heads: Heads
-    optimizer: Any
-    step: Int[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with clipping; the defaults are the paper's.
-
-    Attributes:
-        learning_rate: constant after the warm-up.
-        warmup_steps: steps over which it rises linearly from zero.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, times the learning rate.
-        clip_norm: bound on the global L2 norm of the gradient; 0 does not clip.
-
-    References:
-        SparDA, arXiv:2606.04511, table 5.
-    """
-
-    learning_rate: float = 5e-4
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    clip_norm: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no optimiser could use."""
-        if self.learning_rate <= 0.0:
-            raise ValueError(f"{self.learning_rate=} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-
-    def make(self) -> optax.GradientTransformation:
-        """Make the optimiser."""
-        rate: Any = self.learning_rate
-        if self.warmup_steps:
-            rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup_steps)
-        adamw = optax.adamw(
-            rate, b1=self.beta1, b2=self.beta2, eps=self.eps, weight_decay=self.weight_decay
-        )
-        if not self.clip_norm:
-            return adamw
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
-
-
-def init_state(heads: Heads, optimizer: OptimizerConfig) -> TrainState:
-    """Start training from these heads; they are copied, because a step donates its state."""
-    heads = jax.tree.map(jnp.array, heads)
-    return TrainState(
-        heads=heads, optimizer=optimizer.make().init(heads), step=jnp.zeros((), jnp.int32)
-    )
 
 
 def project_forecast(
@@ -252,7 +155,7 @@ def walk_layers(
             if plan.has_gradient:
                 gradients.append(weight_gradient(labels.gradient, source, rope, config))
             sums.append(_sum_rows(labels))
-            y = _attend(plan, q, k, v, labels.ids, at, importance)
+            y = _attend(plan, q, k, v, labels, at, importance)
             x, before = block.finish(x, y), a
     if inspect is not None:
         inspect(config.layers, x, labels)
@@ -281,14 +184,20 @@ def _sum_rows(labels: LayerLabels) -> tuple[Array, Array, Any, Any]:
 
 
 def _attend(
-    plan: LayerPlan, q: Array, k: Array, v: Array, ids: Array, at: Array, bias: Array | None
+    plan: LayerPlan,
+    q: Array,
+    k: Array,
+    v: Array,
+    labels: LayerLabels,
+    at: Array,
+    bias: Array | None,
 ) -> Array:
     """Read the chosen blocks."""
     size = plan.config.sparse.block_size
+    tile = plan.attention_tile(*at.shape)
     if plan.attention == "mask":
-        return attend_masked(q, k, v, ids, at, bias, block_size=size)
-    tile = plan.attention_tile(q.shape[0])
-    return attend_chosen(q, k, v, ids, at, bias, block_size=size, tile_q=tile)
+        return attend_marked(q, k, v, labels.blocks, at, bias, block_size=size, tile=tile)
+    return attend_chosen(q, k, v, labels.ids, at, bias, block_size=size, tile_q=tile)
 
 
 def divide_totals(gradients: Heads, totals: Totals) -> tuple[Heads, StepMetrics]:

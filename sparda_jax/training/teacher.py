@@ -19,7 +19,6 @@ from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.pooling import LOWEST, pool_keys, pool_scores
 from sparda_jax.selection import pinned_blocks
 from sparda_jax.selectors import QuerySelector
-from sparda_jax.selectors.base import round_scores
 from sparda_jax.selectors.query import score_by_queries
 from sparda_jax.shapes import Parity
 
@@ -135,14 +134,14 @@ def teacher_cells(
         positions: of these queries; −1 marks padding.
         lengths: tokens of each sequence.
         config: of the model.
-        parity: the original's visibility of own-query scores, and its rounding of scores.
+        parity: the original's visibility of own-query scores.
     """
     count = pooled.shape[1]
     if is_own_query(config.sparse):
         visible = QuerySelector(config, parity).visible(positions, lengths, count)
-        return round_scores(score_by_queries(q, pooled, visible), parity)
+        return score_by_queries(q, pooled, visible)
     mass = fine_mass(q, fine, positions, lengths, config.sparse)
-    return round_scores(align_mass(mass, count, config.sparse), parity)
+    return align_mass(mass, count, config.sparse)
 
 
 def teacher_scores(

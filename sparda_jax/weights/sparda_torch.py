@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.errors import CheckpointError
+from sparda_jax.layers import ForecastParam
+from sparda_jax.model import SpardaLM
 from sparda_jax.weights.config import sparse_to_json
 from sparda_jax.weights.folder import HEADS
 from sparda_jax.weights.tensor_file import PlannedTensor, TensorFile, write_tensor_file
@@ -216,42 +217,46 @@ def _to_torch(ours: Float[Array, "D K H"]) -> np.ndarray:
     return np.ascontiguousarray(host.transpose(1, 2, 0).reshape(-1, host.shape[0]))
 
 
-def heads_of(
-    model: nnx.Module, *, step: int | None = None, name: str | None = None
-) -> ForecastHeads:
+def _head_slots(model: SpardaLM) -> list[ForecastParam]:
+    """List the parameters of the heads in the order of `head_paths`."""
+    attentions = [layer.attention for layer in model.layers]
+    slots = [attention.forecast_proj for attention in attentions]
+    slots += [attention.entry_forecast_proj for attention in attentions]
+    return [slot for slot in slots if slot is not None]
+
+
+def heads_of(model: SpardaLM, *, step: int | None = None, name: str | None = None) -> ForecastHeads:
     """Take the Forecast heads of a model.
 
     Args:
-        model: a `SpardaLM`.
+        model: whose heads to take.
         step: optimiser steps taken, if known.
         name: the backbone's name, if known.
 
     Returns:
         its heads (the arrays themselves) with the model's sparse rule.
     """
-    attentions = [layer.attention for layer in model.layers]
+    *forecast, entry = (slot[...] for slot in _head_slots(model))
     return ForecastHeads(
-        forecast=tuple(attention.forecast_proj[...] for attention in attentions[:-1]),
-        entry=attentions[0].entry_forecast_proj[...],
+        forecast=tuple(forecast),
+        entry=entry,
         step=step,
         sparse_config=sparse_to_json(model.config.sparse),
         model=name,
     )
 
 
-def apply_forecast_heads(model: nnx.Module, heads: ForecastHeads) -> None:
+def apply_forecast_heads(model: SpardaLM, heads: ForecastHeads) -> None:
     """Put heads into a model, in its dtype and at the place where its own heads lay.
 
     Args:
-        model: a `SpardaLM`, changed in place.
+        model: changed in place.
         heads: as many as the model has, of its shape.
 
     Raises:
         CheckpointError: another number of layers or another shape.
     """
-    attentions = [layer.attention for layer in model.layers]
-    slots = [attention.forecast_proj for attention in attentions[:-1]]
-    slots.append(attentions[0].entry_forecast_proj)
+    slots = _head_slots(model)
     arrays = (*heads.forecast, heads.entry)
     if len(arrays) != len(slots):
         raise CheckpointError(f"{len(arrays)} heads for a model of {len(slots)}")

@@ -154,6 +154,15 @@ def test_pooled_keys_are_counted_by_full_windows(tokens, count):
     assert SparseConfig().pooled(tokens) == pooled_in(tokens, 32, 16) == count
 
 
+@pytest.mark.parametrize(
+    ("tokens", "pooled", "blocks"),
+    [(32768, 2047, 513), (65536, 4095, 1025), (98304, 6143, 1537), (131072, 8191, 2049)],
+)
+def test_the_first_step_after_a_long_prompt_has_the_published_sizes(tokens, pooled, blocks):
+    assert SparseConfig().pooled(tokens) == pooled
+    assert SparseConfig().blocks(tokens + 1) == blocks
+
+
 @pytest.mark.parametrize(("tokens", "count"), [(0, 0), (1, 1), (64, 1), (65, 2), (65536, 1024)])
 def test_the_last_block_may_be_partial(tokens, count):
     assert SparseConfig().blocks(tokens) == blocks_in(tokens, 64) == count

@@ -4,6 +4,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,10 +74,12 @@ def test_keys_of_a_packed_batch_are_pooled_as_in_the_original(grid):
     at = np.arange(max(lengths))[None, :]
     positions = jnp.asarray(np.where(at < lengths[:, None], at, -1))
     summary = init_pooled(len(lengths), int(max(lengths)), 2, 8, sparse, "float32")
-    summary = extend_pooled(summary, jnp.asarray(rows), positions, sparse)
-    for row, length in enumerate(lengths):
+    extend = jax.jit(extend_pooled, static_argnames="sparse")
+    summary = extend(summary, jnp.asarray(rows), positions, sparse)
+    everything = jax.jit(pool_keys, static_argnums=(1, 2))(jnp.asarray(rows), size, stride)
+    for row in range(len(lengths)):
         golden = want[f"packed_pooled_{size}_{stride}"][bounds[row] : bounds[row + 1]]
-        alone = pool_keys(jnp.asarray(rows[row : row + 1, :length]), size, stride)[0]
+        alone = everything[row, : len(golden)]
         np.testing.assert_allclose(alone, golden, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(summary.pooled[row, : len(golden)], alone)
         assert not np.asarray(summary.pooled[row, len(golden) :]).any()
@@ -197,17 +200,22 @@ def test_the_two_step_choice_is_the_originals(case):
     config = model_config(sparse, token_importance=True)
     selector = NosaSelector(config, inner=GivenScores(config), parity="reference")
     importance = jnp.asarray(want[f"{case}.cis"])[None]
-    summary = selector.extend_summary(
-        selector.init_summary(1, length, "float32"),
-        jnp.zeros((1, length, 2, 16)),
-        jnp.arange(length)[None],
-        importance,
-    )
     positions = jnp.asarray(want[f"{case}.query_index"] + cached)[None]
     cells = jnp.maximum(jnp.asarray(want[f"{case}.scores"]).transpose(1, 0, 2)[None], LOWEST)
-    blocks = sparse.blocks(length)
-    scores = selector.score_blocks(cells, summary, positions, jnp.array([length]), blocks)
-    ids = select_blocks(scores, positions, sparse, parity="reference").ids
+
+    @jax.jit
+    def choose(importance, cells):
+        summary = selector.extend_summary(
+            selector.init_summary(1, length, "float32"),
+            jnp.zeros((1, length, 2, 16)),
+            jnp.arange(length)[None],
+            importance,
+        )
+        blocks = sparse.blocks(length)
+        scores = selector.score_blocks(cells, summary, positions, jnp.array([length]), blocks)
+        return select_blocks(scores, positions, sparse, parity="reference").ids
+
+    ids = choose(importance, cells)
     np.testing.assert_array_equal(np.asarray(ids)[0].transpose(1, 0, 2), want[f"{case}.block_ids"])
 
 

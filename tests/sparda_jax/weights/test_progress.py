@@ -37,6 +37,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     with reporting("bar", "loading") as report:
+        assert report is not None
         report(1_000_000, 4_000_000)
         report(4_000_000, 4_000_000)
     assert "loading" in terminal.getvalue()

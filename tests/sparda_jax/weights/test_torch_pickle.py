@@ -91,8 +91,16 @@ def test_any_other_name_is_refused_before_anything_runs(
     assert not marker.exists()
 
 
-def test_a_name_reached_through_the_extension_registry_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(copyreg._inverted_registry, 77, ("os", "system"))
+@pytest.fixture
+def registered():
+    """`os.system` under a number, as an installed package might register a name."""
+    copyreg.add_extension("os", "system", 77)
+    yield
+    copyreg.remove_extension("os", "system", 77)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_reached_through_the_extension_registry_is_refused(tmp_path):
     path = archive(tmp_path / "x.pt", b"\x80\x02\x82\x4d.")
     with pytest.raises(CheckpointError, match=r"names os\.system"):
         TorchFile(path)

@@ -1,0 +1,258 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""The user's door: prompts in, tokens out.
+
+Prompts may differ in length, and a sequence that met an end token stops reading and fetching while
+the others go on. What a request gets does not depend on which others share its batch.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sparda_jax.model import SpardaLM
+from sparda_jax.sampling import GREEDY, Sampling, request_keys, sample_tokens
+from sparda_jax.selectors import Selector
+from sparda_jax.session import KVPlace, Prompt, Session, Traffic
+from sparda_jax.shapes import Mode, Parity
+
+FinishReason = Literal["eos", "length"]
+"""Why a request ended: an end token, or `max_new_tokens`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """What one step gave.
+
+    Attributes:
+        step: number of the token, from 0 (the one that prefill gave).
+        tokens: the new token of each request; `None` for one that has ended.
+        tokens_per_s: over all requests since the first token.
+        hit_rate: share of the chosen blocks that were resident, in the step that fed the token
+            before; 1 for step 0.
+        bytes_fetched: in that step.
+    """
+
+    step: int
+    tokens: tuple[int | None, ...]
+    tokens_per_s: float
+    hit_rate: float
+    bytes_fetched: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """What `generate` gives back.
+
+    Attributes:
+        tokens: new tokens of each request; an end token is the last of them.
+        finish_reasons: why each ended.
+        traffic: what the cache did, by step and layer.
+        place: where K and V were.
+        device_kv_bytes: what the device held: slots, tables, importance, summaries.
+        full_kv_bytes: K and V of every block, wherever they were.
+        prefill_seconds: from the start to the first token.
+        decode_seconds: from the first token to the last.
+    """
+
+    tokens: list[list[int]]
+    finish_reasons: list[FinishReason]
+    traffic: Traffic
+    place: Literal["resident", "offload"]
+    device_kv_bytes: dict[str, int]
+    full_kv_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens decoded per second, prefill and first tokens left out."""
+        decoded = sum(len(tokens) - 1 for tokens in self.tokens)
+        return decoded / self.decode_seconds if self.decode_seconds > 0.0 else 0.0
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "eos_ids"))
+def next_tokens(
+    logits: Float[Array, "B V"],
+    active: Bool[Array, " B"],
+    positions: Int[Array, " B"],
+    key: PRNGKeyArray | None,
+    *,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> tuple[Int[Array, " B"], Bool[Array, " B"], Int[Array, " B"]]:
+    """Draw the next tokens and mark the rows that go on.
+
+    Args:
+        logits: of each row.
+        active: rows still being continued.
+        positions: of the tokens to draw.
+        key: of the whole call; `None` when greedy.
+        sampling: how to draw.
+        eos_ids: tokens that end a row.
+
+    Returns:
+        The tokens (0 in rows that had ended), the rows that go on, and the next positions.
+    """
+    requests = jnp.arange(logits.shape[0])
+    keys = None if sampling.is_greedy else request_keys(key, requests, positions)
+    tokens = jnp.where(active, sample_tokens(logits, sampling, keys), 0)
+    goes_on = active
+    for end in eos_ids:
+        goes_on = goes_on & (tokens != end)
+    return tokens, goes_on, positions + active.astype(positions.dtype)
+
+
+class _Record:
+    """Collects what the rows give, as their tokens reach the host."""
+
+    def __init__(self, session: Session, on_step: Callable[[Progress], None] | None) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(session.batch)]
+        self.reasons: list[FinishReason] = ["length"] * session.batch
+        self._session, self._on_step = session, on_step
+        self._begin = self._count = 0
+
+    def take(
+        self,
+        tokens: Int[np.ndarray, " B"],
+        active: Bool[np.ndarray, " B"],
+        goes_on: Bool[np.ndarray, " B"],
+    ) -> None:
+        """Add one token of each active row."""
+        step, now = self._count, time.perf_counter()
+        self._begin = now if step == 0 else self._begin
+        self._count += 1
+        for row in np.flatnonzero(active):
+            self.tokens[row].append(int(tokens[row]))
+            if not goes_on[row]:
+                self.reasons[row] = "eos"
+        if self._on_step is None:
+            return
+        seconds = now - self._begin
+        decoded = sum(len(row) - 1 for row in self.tokens)
+        traffic = self._session.traffic_of(step - 1) if step > 0 else None
+        self._on_step(
+            Progress(
+                step=step,
+                tokens=tuple(int(t) if on else None for t, on in zip(tokens, active, strict=True)),
+                tokens_per_s=decoded / seconds if seconds > 0.0 else 0.0,
+                hit_rate=1.0 if traffic is None else traffic.hit_rate,
+                bytes_fetched=0 if traffic is None else int(traffic.fetched_bytes.sum()),
+            )
+        )
+
+
+def generate(
+    model: SpardaLM,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    mode: Mode = "sparda",
+    selector: str | Selector | None = None,
+    kv: KVPlace = "auto",
+    slots: int | None = None,
+    fetch: str | None = None,
+    sampling: Sampling = GREEDY,
+    eos_ids: Collection[int] = (),
+    key: PRNGKeyArray | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    prefill_chunk: int | None = None,
+    prefill_rows: int | None = None,
+    parity: Parity = None,
+) -> Generation:
+    """Continue prompts until an end token or `max_new_tokens`.
+
+    Args:
+        model: the decoder.
+        prompts: token ids of each prompt; lengths may differ.
+        max_new_tokens: the most tokens to add to each.
+        mode: `dense` reads every block, `sparse` the model's own choice, `sparda` the forecast's.
+        selector: overrides what ranks the blocks in the sparse modes.
+        kv: `resident` keeps K and V on the device, `offload` on the host with slots on the device;
+            `auto` takes the device if they fit there, and logs the arithmetic.
+        slots: device slots per (sequence, KV head) when offloaded, at least the blocks that one
+            token reads; `None` takes a third more.
+        fetch: how missing blocks move when offloaded; `None` chooses.
+        sampling: how tokens are drawn.
+        eos_ids: tokens that end a sequence; they are part of its result.
+        key: needed unless greedy; request r draws its token at position p with
+            fold_in(fold_in(key, r), p).
+        on_step: told about each token of the batch, in order.
+        prefill_chunk: tokens run at once in prefill, a multiple of the block size.
+        prefill_rows: prompts prefilled together.
+        parity: `"reference"` repeats the original's deviations, for comparison.
+
+    Returns:
+        Tokens, finish reasons, and what it took.
+
+    Raises:
+        DataError: prompts that cannot be used.
+        CapacityError: they are too long or too many; nothing has run.
+        ValueError: arguments that contradict each other.
+        NotImplementedError: `fetch` names a way that cannot be used; the message says why.
+
+    Example:
+        >>> from sparda_jax.testing import tiny_model
+        >>> result = generate(tiny_model(), [[1, 2, 3], [4]], max_new_tokens=4, kv="offload")
+        >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
+        ([4, 4], ['length', 'length'])
+    """
+    if key is None and not sampling.is_greedy:
+        raise ValueError(f"{sampling=} draws at random, so it needs a key; got key=None")
+    ends = tuple(sorted({int(end) for end in eos_ids}))
+    draw = functools.partial(next_tokens, key=key, sampling=sampling, eos_ids=ends)
+    started = time.perf_counter()
+    with Session(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        selector=selector,
+        kv=kv,
+        slots=slots,
+        fetch=fetch,
+        parity=parity,
+        prefill_chunk=prefill_chunk,
+        prefill_rows=prefill_rows,
+    ) as session:
+        record = _Record(session, on_step)
+        positions = jnp.array(session.lengths)
+        active = jnp.ones((session.batch,), bool)
+        tokens, goes_on, positions = draw(session.prefill(), active, positions)
+        # The device runs ahead by one step where nothing of a step needs the host.
+        ahead = 1 if session.place == "resident" else 0
+        waiting = [(tokens, active, goes_on)]
+        first = None
+        for _ in range(max_new_tokens - 1):
+            if len(waiting) > ahead:
+                entry = jax.device_get(waiting.pop(0))
+                record.take(*entry)
+                first = first or time.perf_counter()
+                if not entry[2].any():
+                    break
+            active = goes_on
+            logits = session.step(tokens, active)
+            tokens, goes_on, positions = draw(logits, active, positions)
+            waiting.append((tokens, active, goes_on))
+        for entry in jax.device_get(waiting):
+            if entry[1].any():
+                record.take(*entry)
+            first = first or time.perf_counter()
+        ended = time.perf_counter()
+        return Generation(
+            tokens=record.tokens,
+            finish_reasons=record.reasons,
+            traffic=session.traffic(),
+            place=session.place,
+            device_kv_bytes=session.device_kv_bytes(),
+            full_kv_bytes=session.full_kv_bytes,
+            prefill_seconds=first - started,
+            decode_seconds=ended - first,
+        )
