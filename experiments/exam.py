@@ -17,11 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.evaluation.needles import NeedlePrompt, make_needle_prompt, score_answers
 from sparda_jax.evaluation.recall import add_totals, recall_totals
 from sparda_jax.model import SpardaLM, forward
+from sparda_jax.rope import Rope
+from sparda_jax.selectors.forecast import ForecastSelector
 from sparda_jax.shapes import Mode
 from sparda_jax.tokenizer import ByteTokenizer
 
@@ -178,12 +181,30 @@ def take_exam(
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class OtherHeads(ForecastSelector):
+    """Ranks like `forecast`, by the heads of another model with the same backbone.
+
+    Attributes:
+        other: whose heads rank.
+    """
+
+    other: SpardaLM
+
+    def probe(
+        self, model: nnx.Module, layer: int, target: int, x: Array, q: Array, rope: Rope
+    ) -> Array:
+        """Project by the other model's head."""
+        return ForecastSelector.probe(self, self.other, layer, target, x, q, rope)
+
+
 def measure_recall(
     model: SpardaLM,
     documents: Sequence[bytes],
     *,
     batch: int,
     selectors: Sequence[str] = ("forecast", "previous_query"),
+    fresh: SpardaLM | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Measure the recall of selectors on the states of the sparse mode.
@@ -193,6 +214,7 @@ def measure_recall(
         documents: of one length; a multiple of `batch`.
         batch: rows at once.
         selectors: by name.
+        fresh: the same backbone with other heads, which rank as `forecast_fresh`.
         tell: told the rows done and the rows in all.
 
     Returns:
@@ -204,13 +226,19 @@ def measure_recall(
     if len(documents) % batch:
         raise ValueError(f"{len(documents)} documents must be a multiple of {batch=}")
     tokens = plain_exam(documents).tokens
-    run = jax.jit(partial(recall_totals, selectors=tuple(selectors)))
+
+    @jax.jit
+    def run(model: SpardaLM, fresh: SpardaLM | None, tokens: Array) -> dict[str, Any]:
+        others = [] if fresh is None else [OtherHeads(model.config, other=fresh)]
+        return recall_totals(model, tokens, selectors=[*selectors, *others])
+
     totals: dict[str, Any] = {}
     for first in range(0, len(tokens), batch):
-        found = jax.device_get(run(model, tokens[first : first + batch]))
+        found = jax.device_get(run(model, fresh, tokens[first : first + batch]))
         if totals:
             found = {name: add_totals(totals[name], new) for name, new in found.items()}
         totals = found
         if tell is not None:
             tell(first + batch, len(tokens))
-    return {name: total.recall_of_layers().tolist() for name, total in totals.items()}
+    names = {OtherHeads.__name__: "forecast_fresh"}
+    return {names.get(k, k): total.recall_of_layers().tolist() for k, total in totals.items()}

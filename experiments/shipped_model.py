@@ -370,6 +370,7 @@ def measure(
         heldout[: config.recall_documents],
         batch=config.batch,
         selectors=("forecast", "previous_query", "query", "random"),
+        fresh=models["sparda_fresh"][0] if "sparda_fresh" in models else None,
         tell=partial(tell, "recall"),
     )
     report |= recall_report(recall)

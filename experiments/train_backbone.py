@@ -41,6 +41,7 @@ from sparda_jax.pooling import LOWEST, pool_scores
 from sparda_jax.selection import block_mask, pinned_blocks, select_blocks
 from sparda_jax.selectors.query import score_by_queries, visible_cells
 from sparda_jax.shapes import Mode
+from sparda_jax.shipped import load_shipped
 from sparda_jax.tokenizer import ByteTokenizer
 from sparda_jax.tracking import JsonlTracker
 
@@ -107,12 +108,13 @@ PHASES = (
         name="retrieval",
         seq_len=8704,
         batch=8,
-        steps=900,
+        steps=598,
         learning_rate=6e-4,
         final_share=0.02,
         warm_up=30,
         mixture=RETRIEVAL_MIXTURE,
-        alignment=2.0,
+        alignment=0.5,
+        alignment_queries=512,
     ),
 )
 
@@ -131,6 +133,7 @@ class Config:
         time_limit_s: stop and save after this many seconds; 0 for never.
         fit_s: choose the steps of the last phase so that it takes this many seconds, from the speed
             of its first steps; 0 keeps the number it has.
+        init: folder in the shipped layout whose weights to begin with, instead of random ones.
         save_every_s: seconds between saves.
         log_every: steps between log lines.
         workers: processes that make batches.
@@ -147,6 +150,7 @@ class Config:
     clip: float = 1.0
     time_limit_s: float = 0.0
     fit_s: float = 0.0
+    init: Path | None = None
     save_every_s: float = 120.0
     log_every: int = 50
     workers: int = 8
@@ -171,6 +175,9 @@ def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, 
     model = SpardaLM(model_config, rngs=nnx.Rngs(config.seed))
     graph, heads, rest = nnx.split(model, ForecastParam, ...)
     params = nnx.to_pure_dict(rest)
+    if config.init is not None:
+        earlier = load_shipped("float32", heads=False, folder=config.init)
+        params = nnx.to_pure_dict(nnx.split(earlier, ForecastParam, ...)[2])
     config.out.mkdir(parents=True, exist_ok=True)
     state = {"phase": 0, "step": 0, "params": params, "moments": None}
     state = load_state(config.out, state)

@@ -31,7 +31,7 @@ from sparda_jax.training.data import (
     split_heldout,
     tokenize_source,
 )
-from sparda_jax.training.layer import LayerPlan, Routing, default_attention, default_tile_bytes
+from sparda_jax.training.layer import LayerPlan, Routing, default_tile_bytes
 from sparda_jax.training.loop import LoopConfig, TrainResult, train_heads
 from sparda_jax.training.state import OptimizerConfig, heads_from, init_heads, init_state
 
@@ -145,7 +145,6 @@ def main(config: Config, *, model: SpardaLM | None = None) -> TrainResult:
     plan = LayerPlan(
         config=model.config,
         routing=config.routing,
-        attention=default_attention(),
         tile_bytes=(config.tile_mb << 20) or default_tile_bytes(),
         has_metrics=config.metrics_every_step,
     )

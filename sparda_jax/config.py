@@ -120,13 +120,17 @@ class RopeConfig:
 
     Attributes:
         theta: base of the geometric frequencies.
-        kind: `default`; `longrope` (per-frequency factors); `yarn`.
+        kind: `default`; `linear` (positions divided by `factor`); `llama3` (slow frequencies divided
+            by `factor`); `yarn` (the same along another ramp); `longrope` (per-frequency factors).
         original_max_positions: length that the unstretched frequencies were trained for. LongRoPE
             uses `long_factor` for sequences longer than this.
         max_positions: length that the model claims; sets LongRoPE's attention factor.
         short_factor: LongRoPE factors, H/2 of them, for short sequences.
         long_factor: the same for long ones.
-        factor: YaRN's stretch.
+        factor: the stretch of `linear`, `llama3` and `yarn`.
+        slow_turns: `llama3` divides frequencies that turn less often than this over
+            `original_max_positions`.
+        fast_turns: and keeps those that turn more often than this.
         compute_dtype: `float32` rotates in f32 (MiniCPM); `model` rotates in the activations' dtype
             with tables rounded to it (Llama, NOSA).
 
@@ -135,20 +139,22 @@ class RopeConfig:
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "longrope", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "longrope", "yarn"] = "default"
     original_max_positions: int = 65536
     max_positions: int = 65536
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     factor: float = 1.0
+    slow_turns: float = 1.0
+    fast_turns: float = 4.0
     compute_dtype: Literal["float32", "model"] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse factors that do not belong to the kind."""
         _check(self.theta > 0, f"{self.theta=} must be positive")
         _check(
-            self.kind in ("default", "longrope", "yarn"),
-            f"{self.kind=} must be 'default', 'longrope' or 'yarn'",
+            self.kind in ("default", "linear", "llama3", "longrope", "yarn"),
+            f"{self.kind=} must be 'default', 'linear', 'llama3', 'longrope' or 'yarn'",
         )
         has = bool(self.short_factor) or bool(self.long_factor)
         _check(
@@ -157,6 +163,10 @@ class RopeConfig:
             "long factors: longrope needs two lists of head_dim / 2 factors, other kinds none",
         )
         _check(self.factor >= 1.0, f"{self.factor=} must be at least 1")
+        _check(
+            0.0 < self.slow_turns < self.fast_turns,
+            f"{self.slow_turns=} must be positive and below {self.fast_turns=}",
+        )
 
     @property
     def attention_factor(self) -> float:

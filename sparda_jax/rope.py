@@ -1,6 +1,6 @@
 # Copyright 2026 The sparda_jax authors
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions in the half-split layout, with LongRoPE and YaRN.
+"""Rotary positions in the half-split layout: plain, or stretched in four published ways.
 
 `rope(x) = x · cos + rotate_half(x) · sin`, where `rotate_half` swaps the halves of the head dim and
 negates the first. Frequencies are a pure function of the configuration and of the length that a
@@ -35,17 +35,26 @@ class Rope:
 
 
 def base_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Compute θ^(−2i/H), stretched by YaRN if asked for, i = 0 … H/2 − 1, in f32.
+    """Compute θ^(−2i/H) · (s_i / factor + 1 − s_i), i = 0 … H/2 − 1, in f32.
 
-    YaRN divides slow frequencies by `factor`, keeps fast ones, and ramps linearly between the
-    dimensions that turn 32 times and once over `original_max_positions`.
+    The share s_i by which a frequency is slowed is 0 for `default` and `longrope`, whose factors
+    divide positions, and 1 for `linear`. `llama3` and `yarn` slow only frequencies that turn rarely
+    over `original_max_positions`: `llama3` ramps linearly in the number of turns, from `slow_turns`
+    to `fast_turns`; `yarn` linearly in i, between the dimensions that turn once and 32 times.
 
     References:
-        YaRN, arXiv:2309.00071, section 3.2.
+        YaRN, arXiv:2309.00071, section 3.2; Llama 3, arXiv:2407.21783, whose checkpoints state the
+        ramp in config.json; linear: Position Interpolation, arXiv:2306.15595.
     """
     half = head_dim // 2
     inverse = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
-    if rope.kind == "yarn":
+    slowed = np.zeros(half)
+    if rope.kind == "linear":
+        slowed = np.ones(half)
+    elif rope.kind == "llama3":
+        turns = rope.original_max_positions * inverse / (2 * math.pi)
+        slowed = np.clip((rope.fast_turns - turns) / (rope.fast_turns - rope.slow_turns), 0.0, 1.0)
+    elif rope.kind == "yarn":
 
         def dimension(turns: float) -> float:
             span = rope.original_max_positions / (turns * 2 * math.pi)
@@ -53,8 +62,8 @@ def base_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
         low = max(math.floor(dimension(32.0)), 0)
         high = min(math.ceil(dimension(1.0)), head_dim - 1)
-        ramp = np.clip((np.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
-        inverse = inverse / rope.factor * ramp + inverse * (1.0 - ramp)
+        slowed = np.clip((np.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
+    inverse = inverse / rope.factor * slowed + inverse * (1.0 - slowed)
     return inverse.astype(np.float32)
 
 

@@ -106,9 +106,9 @@ def test_imports_point_down_the_layers(name, path):
 
 @pytest.mark.parametrize(("name", "path"), everything("sparda_jax"))
 def test_nothing_imports_training_or_evaluation_but_themselves(name, path):
-    for package in ("sparda_jax.training", "sparda_jax.evaluation"):
-        used = [other for other in imports(name, path) if is_within(other, package)]
-        assert is_within(name, package) or not used
+    above = ("sparda_jax.training", "sparda_jax.evaluation")  # recall is defined by the teacher
+    used = [other for other in imports(name, path) if any(is_within(other, p) for p in above)]
+    assert any(is_within(name, package) for package in above) or not used
 
 
 @pytest.mark.parametrize(("name", "path"), everything(*LIBRARIES))

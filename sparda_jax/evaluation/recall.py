@@ -6,6 +6,7 @@ One run of the model gives the states; every selector then ranks the blocks of e
 same states, so that what differs is the selector alone.
 """
 
+import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,15 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.model import LayerCache, SpardaLM, forward
 from sparda_jax.rope import Rope, make_rope
-from sparda_jax.selectors import Probe, Selector, resolve
+from sparda_jax.selectors import Probe, Selector
 from sparda_jax.shapes import Mode
-from sparda_jax.training.attend import map_spans
+from sparda_jax.training.attend import map_spans, mark_blocks
 from sparda_jax.training.layer import (
     LayerPlan,
     choose,
-    default_tile_bytes,
-    mark_blocks,
     pooled_of,
+    selector_of,
 )
 from sparda_jax.training.teacher import (
     block_mass,
@@ -121,7 +121,9 @@ def recall_totals(
     names = [s if isinstance(s, str) else type(s).__name__ for s in selectors]
     if len(set(names)) != len(names):
         raise ValueError(f"{len(names)} selectors need as many names, got {sorted(set(names))}")
-    ranked = {name: resolve("sparse", config, s) for name, s in zip(names, selectors, strict=True)}
+    ranked = {
+        name: selector_of("sparse", config, by=s) for name, s in zip(names, selectors, strict=True)
+    }
     batch, queries = tokens.shape
     if lengths is None:
         lengths = jnp.full((batch,), queries, jnp.int32)
@@ -142,7 +144,9 @@ def recall_totals(
     at = jnp.broadcast_to(jnp.arange(queries)[None, :], (batch, queries))
     at = jnp.where(at < lengths[:, None], at, -1)
     rope = make_rope(config.rope, config.head_dim, at, lengths)
-    plan = LayerPlan(config=config, tile_bytes=tile_bytes or default_tile_bytes())
+    plan = LayerPlan(config=config)
+    if tile_bytes is not None:
+        plan = dataclasses.replace(plan, tile_bytes=tile_bytes)
     layers = []
     for layer in range(config.layers):
         probes = {
@@ -178,12 +182,13 @@ def _layer_totals(
 ) -> dict[str, tuple[Array, Array, Array, Array]]:
     """Sum the rows of one layer: held, best, both and either, by KV head."""
     config, sparse = plan.config, plan.config.sparse
-    num_blocks = sparse.blocks(at.shape[1])
+    batch, queries = at.shape
+    num_blocks = sparse.blocks(queries)
     fine = fine_keys(cache.k, sparse)
-    everyone = {**selectors, _OWN: resolve("sparse", config, None)}
+    everyone = {**selectors, _OWN: selector_of("sparse", config)}
     summaries = {
         name: selector.extend_summary(
-            selector.init_summary(*at.shape, config.dtype), cache.k, at, cache.importance
+            selector.init_summary(batch, queries, config.dtype), cache.k, at, cache.importance
         )
         for name, selector in everyone.items()
     }
@@ -214,5 +219,6 @@ def _layer_totals(
 
 def _share(part: Array, whole: Array) -> np.ndarray:
     """Divide on the host; not a number where there is nothing to divide by."""
-    part, whole = np.asarray(part), np.asarray(whole)
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan, whole.dtype), where=whole > 0)
+    top, bottom = np.asarray(part), np.asarray(whole)
+    empty = np.full(bottom.shape, np.nan, bottom.dtype)
+    return np.divide(top, bottom, out=empty, where=bottom > 0)

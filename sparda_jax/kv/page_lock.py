@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ _STRIPE = 1 << 28  # bytes that one thread touches at a time
 _PORTABLE_AND_MAPPED = 3
 
 
+@runtime_checkable
 class Driver(Protocol):
     """Locks and unlocks pages; each method returns `None` or a reason why it could not."""
 

@@ -115,15 +115,31 @@ def save_shipped(
         with np.load(weights) as arrays:
             weights = {name: _from_npz(arrays[name]) for name in arrays.files}
         weights = {name: array for name, array in weights.items() if name not in ranking}
+    _check(weights, backbone, "the given weights")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS, weights, {"model": "shipped"})
+    save_heads(folder, heads, step=step)
+
+
+def save_heads(
+    folder: str | Path,
+    heads: SpardaLM | Mapping[str, Float[np.ndarray, "..."]],
+    *,
+    step: int = 0,
+) -> None:
+    """Write the heads alone as bf16 in the shipped layout; arguments as `save_shipped`.
+
+    Raises:
+        CheckpointError: the names or shapes are not those of `ModelConfig.shipped()`.
+    """
+    config = ModelConfig.shipped()
     if isinstance(heads, SpardaLM):
         state = nnx.to_flat_state(nnx.state(heads, ForecastParam))
         heads = {".".join(map(str, path)): np.asarray(slot.get_value()) for path, slot in state}
-    _check(weights, backbone, "the given weights")
-    _check(heads, ranking, "the given heads")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, weights, {"model": "shipped"})
+    _check(heads, _parameter_shapes(config)[1], "the given heads")
     rule = json.dumps(dataclasses.asdict(config.sparse))
-    _write(folder / HEADS, heads, {"model": "shipped", "step": str(step), "sparse_config": rule})
+    metadata = {"model": "shipped", "step": str(step), "sparse_config": rule}
+    _write(Path(folder) / HEADS, heads, metadata)
 
 
 def heldout_texts(folder: str | Path | None = None) -> tuple[HeldoutText, ...]:

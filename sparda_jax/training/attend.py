@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.attention import map_tiles
 from sparda_jax.pooling import LOWEST
+from sparda_jax.shapes import blocks_in
 
 _SPAN = 2048
 """Queries per span, up to `_SPANS` spans."""
@@ -25,7 +26,7 @@ _SPANS = 4
 
 
 def map_spans(
-    f: Callable[[Any, int], Any], arrays: Any, tile: int, padding: Any, *, spans: int | None = None
+    f: Callable[..., Any], arrays: Any, tile: int, padding: Any, *, spans: int | None = None
 ) -> Any:
     """Apply `f(tile, end)` to tiles of the T axis, where no query of the tile is past `end`.
 
@@ -51,25 +52,34 @@ def map_spans(
     return parts[0] if spans == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
-@jax.named_scope("attend_marked")
-def attend_marked(
+def mark_blocks(ids: Int[Array, "B T K J"], num_blocks: int) -> Bool[Array, "B T K M"]:
+    """Mark the blocks of a list, in time that does not grow with J · M."""
+    rows = ids.reshape(-1, ids.shape[-1])
+    place = jnp.where(rows < 0, num_blocks, rows)
+    marks = jnp.zeros((rows.shape[0], num_blocks), bool)
+    marks = marks.at[jnp.arange(rows.shape[0])[:, None], place].set(True, mode="drop")
+    return marks.reshape(*ids.shape[:3], num_blocks)
+
+
+@jax.named_scope("attend_listed")
+def attend_listed(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    blocks: Bool[Array, "B T K M"],
+    block_ids: Int[Array, "B T K J"],
     positions: Int[Array, "B T"],
     key_bias: Float[Array, "B T K"] | None = None,
     *,
     block_size: int,
     tile: int,
 ) -> Float[Array, "B T N H"]:
-    """Attend causally to the marked blocks: softmax(q · k / √H + bias) v, under a mask.
+    """Attend causally to the listed blocks: softmax(q · k / √H + bias) v, under a mask.
 
     Args:
         q: rotated queries, query t at position t.
         k: rotated keys of the same tokens.
         v: values.
-        blocks: which blocks each (query, KV head) reads.
+        block_ids: blocks that each (query, KV head) reads; negative where there is none.
         positions: of the queries; −1 marks padding, which gives zeros.
         key_bias: added to the logits, per key and KV head, f32.
         block_size: W.
@@ -82,7 +92,7 @@ def attend_marked(
     kv_heads = k.shape[2]
 
     def attend(rows: tuple[Array, Array, Array], end: int) -> Array:
-        queries, marked, at = rows
+        queries, ids, at = rows
         grouped = queries.reshape(batch, -1, kv_heads, heads // kv_heads, dim)
         logits = jnp.einsum(
             "btkgh,bskh->bktgs", grouped, k[:, :end], preferred_element_type=jnp.float32
@@ -90,6 +100,7 @@ def attend_marked(
         logits = logits * dim**-0.5
         if key_bias is not None:
             logits = logits + key_bias[:, :end].transpose(0, 2, 1)[:, :, None, None, :]
+        marked = mark_blocks(ids, blocks_in(end, block_size))
         seen = jnp.repeat(marked, block_size, axis=-1)[..., :end].transpose(0, 2, 1, 3)
         seen &= jnp.arange(end)[None, None, None, :] <= at[:, None, :, None]
         seen = seen[:, :, :, None, :]  # [B K T 1 S]
@@ -105,4 +116,4 @@ def attend_marked(
         out = out / jnp.where(total > 0.0, total, 1.0)
         return out.reshape(queries.shape).astype(q.dtype)
 
-    return map_spans(attend, (q, blocks, positions), tile, (0, False, -1))
+    return map_spans(attend, (q, block_ids, positions), tile, (0, -1, -1))

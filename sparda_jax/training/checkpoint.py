@@ -12,7 +12,7 @@ import pathlib
 import typing
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class ForecastCheckpoints:
         self._keep = (keep_latest, keep_best)
         self._open: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ForecastCheckpoints":
         """Give itself."""
         return self
 
@@ -222,7 +222,7 @@ class ForecastCheckpoints:
 
             policies = ocp.training.preservation_policies
             latest, best = self._keep
-            keep = [policies.LatestN(latest)]
+            keep: list[Any] = [policies.LatestN(latest)]
             if best:
                 keep.append(
                     policies.BestN(
@@ -231,9 +231,8 @@ class ForecastCheckpoints:
                         keep_checkpoints_without_metrics=False,
                     )
                 )
-            self._open = ocp.training.Checkpointer(
-                self._folder, preservation_policy=policies.AnyPreservationPolicy(keep)
-            )
+            policy: Any = policies.AnyPreservationPolicy(keep)
+            self._open = ocp.training.Checkpointer(str(self._folder), preservation_policy=policy)
         return self._open
 
 
@@ -251,14 +250,13 @@ def _empty_heads(config: ModelConfig) -> Heads:
 
 def _model_of(config: ModelConfig) -> dict[str, Any]:
     """Note the shapes of the heads and the sparse rule; `dense_below` does not touch training."""
-    sparse = dataclasses.asdict(config.sparse)
-    del sparse["dense_below"]
+    sparse = dataclasses.asdict(config.sparse).items()
     return {
         "layers": config.layers,
         "width": config.width,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "sparse": sparse,
+        "sparse": {name: value for name, value in sparse if name != "dense_below"},
     }
 
 

@@ -20,12 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.config import ModelConfig
 from sparda_jax.pooling import PooledSummary
 from sparda_jax.selection import BlockChoice, select_blocks
-from sparda_jax.selectors import KeySummary, Selector, resolve
+from sparda_jax.selectors import KeySummary, QuerySelector, Selector, resolve
 from sparda_jax.selectors.base import round_scores
 from sparda_jax.selectors.nosa import NosaSelector, NosaSummary
-from sparda_jax.selectors.query import PooledKeys
 from sparda_jax.shapes import Mode, Parity
-from sparda_jax.training.attend import map_spans
+from sparda_jax.training.attend import map_spans, mark_blocks
 from sparda_jax.training.loss import counted_rows, forecast_kl, supervised_cells
 from sparda_jax.training.teacher import (
     block_mass,
@@ -41,6 +40,16 @@ Routing = Literal["teacher", "forecast"]
 """Whose choice the layers read while training: the teacher's (the paper) or the forecast's."""
 
 
+def default_tile_bytes() -> int:
+    """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 8 MiB."""
+    return (1 << 30) if jax.default_backend() == "gpu" else (8 << 20)
+
+
+def default_attention() -> Literal["gather", "mask"]:
+    """Give the faster way to read blocks: `gather` on a GPU, `mask` on a CPU up to about 8K."""
+    return "gather" if jax.default_backend() == "gpu" else "mask"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """The static part of a walk over the layers.
@@ -48,18 +57,19 @@ class LayerPlan:
     Attributes:
         config: of the model.
         routing: whose blocks the layers read.
-        attention: how chosen blocks are read: gathered, or under a mask over all keys.
+        attention: how chosen blocks are read: gathered, or under a mask over all keys; left out,
+            what is faster on the default device.
         parity: `None` for the correct rules.
-        tile_bytes: bound on the largest array of a tile.
+        tile_bytes: bound on the largest array of a tile; left out, what suits that device.
         has_gradient: compute the gradient of the loss.
         has_metrics: compute recall and overlap; without, they are not a number.
     """
 
     config: ModelConfig
     routing: Routing = "teacher"
-    attention: Literal["gather", "mask"] = "gather"
+    attention: Literal["gather", "mask"] = dataclasses.field(default_factory=default_attention)
     parity: Parity = None
-    tile_bytes: int = 8 << 20
+    tile_bytes: int = dataclasses.field(default_factory=default_tile_bytes)
     has_gradient: bool = True
     has_metrics: bool = True
 
@@ -91,16 +101,6 @@ class LayerPlan:
         return max(8, min(self.tile_bytes // per_query, 4096) // 8 * 8)
 
 
-def default_tile_bytes() -> int:
-    """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 8 MiB."""
-    return (1 << 30) if jax.default_backend() == "gpu" else (8 << 20)
-
-
-def default_attention() -> Literal["gather", "mask"]:
-    """Give the faster way to read blocks: `gather` on a GPU, `mask` on a CPU up to about 8K."""
-    return "gather" if jax.default_backend() == "gpu" else "mask"
-
-
 @typing.no_type_check
 @struct.dataclass
 class LayerLabels:
@@ -108,7 +108,6 @@ class LayerLabels:
 
     Attributes:
         ids: blocks that the layer reads, ascending, then `NO_BLOCK`.
-        blocks: the same blocks as marks.
         kl: KL of each row, zero where it does not count.
         counted: rows that count in the loss.
         gradient: of the sum of `kl` with respect to the rotated forecast, f32.
@@ -117,7 +116,6 @@ class LayerLabels:
     """
 
     ids: Int[Array, "B T K J"]
-    blocks: Bool[Array, "B T K M"]
     kl: Float[Array, "B T K"]
     counted: Bool[Array, "B T K"]
     gradient: Float[Array, "B T K H"]
@@ -126,7 +124,7 @@ class LayerLabels:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GivenScores(PooledKeys):
+class GivenScores(QuerySelector):
     """A selector whose probe is the block scores themselves: lets NOSA's rule rank by a teacher."""
 
     def score_blocks(
@@ -142,18 +140,18 @@ class GivenScores(PooledKeys):
         return probe
 
 
+def selector_of(
+    mode: Mode, config: ModelConfig, parity: Parity = None, *, by: str | Selector | None = None
+) -> Selector:
+    """Find the selector of a sparse mode, as `selectors.resolve`; `by` overrides it."""
+    selector = resolve(mode, config, by, parity)
+    assert selector is not None  # only the dense mode has none
+    return selector
+
+
 def pooled_of(summary: KeySummary) -> PooledSummary:
     """Find the pooled keys in the summary of `query`, `forecast`, or NOSA's rule over either."""
     return summary.inner if isinstance(summary, NosaSummary) else summary
-
-
-def mark_blocks(ids: Int[Array, "B T K J"], num_blocks: int) -> Bool[Array, "B T K M"]:
-    """Mark the blocks of a list, as `block_mask`, in time that does not grow with J · M."""
-    rows = ids.reshape(-1, ids.shape[-1])
-    place = jnp.where(rows < 0, num_blocks, rows)
-    marks = jnp.zeros((rows.shape[0], num_blocks), bool)
-    marks = marks.at[jnp.arange(rows.shape[0])[:, None], place].set(True, mode="drop")
-    return marks.reshape(*ids.shape[:3], num_blocks)
 
 
 def choose(
@@ -191,6 +189,7 @@ def teacher_choices(
     sparse = config.sparse
     rule = NosaSelector(config, inner=GivenScores(config), parity=plan.parity)
     read = choose(plan, rule, scores, summary, positions, lengths, num_blocks)
+    assert sparse.query_blocks is not None  # goes with token importance
     share = sparse.sink_blocks + sparse.local_blocks + sparse.query_blocks
     narrow = dataclasses.replace(sparse, selected_blocks=share, query_blocks=None)
     return read, select_blocks(scores, positions, narrow, parity=plan.parity)
@@ -269,7 +268,7 @@ def _label_tile(
     if plan.routing == "forecast" or plan.has_metrics:
 
         def by(mode: Mode, probe: Array) -> BlockChoice:
-            selector = resolve(mode, config, None, plan.parity)
+            selector = selector_of(mode, config, plan.parity)
             return choose(plan, selector, probe, summary, positions, lengths, num_blocks)
 
         mine = by("sparda", forecast)
@@ -283,7 +282,6 @@ def _label_tile(
             overlap = overlap_rows(marked, own, positions, sparse)
     return LayerLabels(
         ids=read.ids,
-        blocks=mark_blocks(read.ids, num_blocks),
         kl=kl,
         counted=counted,
         gradient=gradient,

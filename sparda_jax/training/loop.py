@@ -12,13 +12,14 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from sparda_jax.model import SpardaLM
 from sparda_jax.tracking import NoTracker, Tracker
@@ -29,6 +30,7 @@ from sparda_jax.training.state import Heads, OptimizerConfig, TrainState, heads_
 from sparda_jax.training.step import StepMetrics, divide_totals, make_evaluate, make_step
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Gives the batch of any step: `training.data.PackedWindows` does."""
 
@@ -138,13 +140,13 @@ def train_heads(
         for step in range(first, loop.steps):
             extra: dict[str, float] = {}
             is_looking = step == first or step % loop.evaluate_every == 0
-            is_saving = checkpoints is not None and step > first and step % loop.save_every == 0
+            is_saving = step > first and step % loop.save_every == 0
             if pending is not None and (is_looking or is_saving):  # keep its time to itself
                 advance(pending.report(tracker, on_step))
                 pending = None
             if is_looking:
                 extra = look.numbers(state.heads)
-            if is_saving:
+            if is_saving and checkpoints is not None:
                 checkpoints.save(
                     state, plan.config, settings=settings, recall=extra.get("heldout/recall")
                 )
@@ -154,7 +156,8 @@ def train_heads(
             if pending is not None:  # while the device works on this step, report the last one
                 advance(pending.report(tracker, on_step))
             pending = _Pending(step, metrics, extra, begun)
-        advance(pending.report(tracker, on_step))
+        if pending is not None:
+            advance(pending.report(tracker, on_step))
     last = look.metrics(state.heads)
     if last is not None:
         numbers = last.as_numbers("heldout")
@@ -195,7 +198,9 @@ class _HeldOut:
         self, plan: LayerPlan, model: SpardaLM, heldout: Sequence[TokenBatch], mesh: Mesh | None
     ) -> None:
         self._model = model
-        self._batches = [(b.tokens[None], b.lengths[None]) for b in heldout]
+        self._batches = [
+            (jnp.asarray(b.tokens)[None], jnp.asarray(b.lengths)[None]) for b in heldout
+        ]
         deployed = dataclasses.replace(plan, routing="forecast")
         self._evaluate = make_evaluate(deployed, mesh=mesh)
 
@@ -215,10 +220,11 @@ class _HeldOut:
         return {} if found is None else found.as_numbers("heldout")
 
 
-def _read(batches: BatchSource, step: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(batches: BatchSource, step: int) -> tuple[Array, Array]:
     """Read all micro-batches of a step: tokens [A B T], lengths [A B]."""
     micro = [batches.batch_at(step, number) for number in range(batches.micro_batches)]
-    return np.stack([b.tokens for b in micro]), np.stack([b.lengths for b in micro])
+    tokens, lengths = ([getattr(b, name) for b in micro] for name in ("tokens", "lengths"))
+    return jnp.asarray(np.stack(tokens)), jnp.asarray(np.stack(lengths))
 
 
 @contextlib.contextmanager

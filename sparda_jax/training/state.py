@@ -37,7 +37,7 @@ class Heads:
 
 def heads_from(model: SpardaLM) -> Heads:
     """Copy the heads of a model to f32."""
-    attentions = [layer.attention for layer in model.layers]
+    attentions: list[Any] = [layer.attention for layer in model.layers]
     return Heads(
         forecast=tuple(jnp.array(a.forecast_proj[...], jnp.float32) for a in attentions[:-1]),
         entry=jnp.array(attentions[0].entry_forecast_proj[...], jnp.float32),
@@ -54,7 +54,7 @@ def init_heads(config: ModelConfig, key: PRNGKeyArray) -> Heads:
 
 def put_heads(model: SpardaLM, heads: Heads) -> None:
     """Write heads into a model, in its dtype."""
-    attentions = [layer.attention for layer in model.layers]
+    attentions: list[Any] = [layer.attention for layer in model.layers]
     slots = [a.forecast_proj for a in attentions[:-1]] + [attentions[0].entry_forecast_proj]
     for slot, weight in zip(slots, [*heads.forecast, heads.entry], strict=True):
         slot[...] = weight.astype(slot[...].dtype)
@@ -119,6 +119,7 @@ class OptimizerConfig:
 def init_state(heads: Heads, optimizer: OptimizerConfig) -> TrainState:
     """Start training from these heads; they are copied, because a step donates its state."""
     heads = jax.tree.map(jnp.array, heads)
+    tree: Any = heads  # a pytree like any other to optax
     return TrainState(
-        heads=heads, optimizer=optimizer.make().init(heads), step=jnp.zeros((), jnp.int32)
+        heads=heads, optimizer=optimizer.make().init(tree), step=jnp.zeros((), jnp.int32)
     )

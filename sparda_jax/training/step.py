@@ -24,9 +24,8 @@ from sparda_jax.attention import attend_chosen
 from sparda_jax.config import ModelConfig
 from sparda_jax.model import SpardaLM
 from sparda_jax.rope import Rope, apply_rope, make_rope
-from sparda_jax.selectors import resolve
-from sparda_jax.training.attend import attend_marked
-from sparda_jax.training.layer import LayerLabels, LayerPlan, label_layer
+from sparda_jax.training.attend import attend_listed
+from sparda_jax.training.layer import LayerLabels, LayerPlan, label_layer, selector_of
 from sparda_jax.training.state import Heads, OptimizerConfig, TrainState
 
 
@@ -136,9 +135,10 @@ def walk_layers(
     at = jnp.broadcast_to(jnp.arange(queries)[None, :], (batch, queries))
     at = jnp.where(at < lengths[:, None], at, -1)
     rope = make_rope(config.rope, config.head_dim, at, lengths)
-    selector = resolve("sparda", config, None, plan.parity)
+    selector = selector_of("sparda", config, plan.parity)
     x = model.embed_tokens(tokens)
     before = None  # normalised input of the layer whose forecast is due
+    labels: LayerLabels | None = None
     gradients, sums = [], []
     for layer, block in enumerate(model.layers):
         with jax.named_scope(f"layer_{layer}"):
@@ -158,6 +158,7 @@ def walk_layers(
             y = _attend(plan, q, k, v, labels, at, importance)
             x, before = block.finish(x, y), a
     if inspect is not None:
+        assert labels is not None  # a model has layers
         inspect(config.layers, x, labels)
     kl, counted, recall, overlap = jax.tree.map(lambda *rows: jnp.stack(rows), *sums)
     totals = Totals(
@@ -196,7 +197,7 @@ def _attend(
     size = plan.config.sparse.block_size
     tile = plan.attention_tile(*at.shape)
     if plan.attention == "mask":
-        return attend_marked(q, k, v, labels.blocks, at, bias, block_size=size, tile=tile)
+        return attend_listed(q, k, v, labels.ids, at, bias, block_size=size, tile=tile)
     return attend_chosen(q, k, v, labels.ids, at, bias, block_size=size, tile_q=tile)
 
 
@@ -249,17 +250,19 @@ def make_step(
         state: TrainState, model: SpardaLM, tokens: Array, lengths: Array
     ) -> tuple[TrainState, StepMetrics]:
         sums = _accumulate(plan, mesh)(state.heads, model, tokens, lengths)
-        gradients, metrics = divide_totals(*sums)
+        mean, metrics = divide_totals(*sums)
+        gradients: Any = mean
         with jax.numpy_dtype_promotion("standard"):  # optax counts in int32 and decays in f32
-            updates, moments = transform.update(gradients, state.optimizer, state.heads)
-        heads = optax.apply_updates(state.heads, updates)
-        return TrainState(heads=heads, optimizer=moments, step=state.step + 1), metrics
+            heads: Any = state.heads  # a pytree like any other to optax
+            updates, moments = transform.update(gradients, state.optimizer, heads)
+        new: Any = optax.apply_updates(heads, updates)
+        return TrainState(heads=new, optimizer=moments, step=state.step + 1), metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    same, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+    same = NamedSharding(mesh, P())
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(same, same, rows, rows), out_shardings=same
+        step, donate_argnums=0, in_shardings=(same, same, None, None), out_shardings=same
     )
 
 
@@ -275,8 +278,8 @@ def make_evaluate(plan: LayerPlan, *, mesh: Mesh | None = None) -> EvaluateFunct
 
     if mesh is None:
         return jax.jit(evaluate)
-    same, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
-    return jax.jit(evaluate, in_shardings=(same, same, rows, rows), out_shardings=same)
+    same = NamedSharding(mesh, P())
+    return jax.jit(evaluate, in_shardings=(same, same, None, None), out_shardings=same)
 
 
 def _accumulate(

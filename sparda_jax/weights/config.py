@@ -153,10 +153,23 @@ def _parse_rope(raw: Mapping[str, Any], kind: str) -> RopeConfig:
         for beta, usual in (("beta_fast", 32), ("beta_slow", 1)):
             if (scaling.pop(beta, None) or usual) != usual:
                 raise ValueError(f"yarn with another {beta} than {usual} is not supported")
+    elif name == "llama3":
+        settings["factor"] = float(scaling.pop("factor"))
+        settings["slow_turns"] = float(scaling.pop("low_freq_factor"))
+        settings["fast_turns"] = float(scaling.pop("high_freq_factor"))
+        if original is None:
+            raise KeyError("original_max_position_embeddings")
+    elif name == "linear":
+        settings["factor"] = float(scaling.pop("factor"))
     elif name == "default":
         scaling.pop("factor", None)
     else:
-        raise ValueError(f"rope_type={name!r} is not one of ['default', 'longrope', 'yarn']")
+        known = ["default", "linear", "llama3", "longrope", "yarn"]
+        why = ": its frequencies change as a text grows, and cached keys would no longer fit"
+        raise ValueError(
+            f"rope_type={name!r} is not one of {known}{why if name == 'dynamic' else ''}; remove "
+            f"rope_scaling from config.json to run within {maximum} positions"
+        )
     rope = RopeConfig(kind=name, **settings)
     factor = scaling.pop("attention_factor", None)
     if factor is not None and not math.isclose(factor, rope.attention_factor, rel_tol=1e-6):
@@ -338,14 +351,15 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 def _rope_to_json(rope: RopeConfig) -> dict[str, Any] | None:
     if rope.kind == "default":
         return None
-    scaling: dict[str, Any] = {
-        "rope_type": rope.kind,
-        "original_max_position_embeddings": rope.original_max_positions,
-    }
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind == "longrope":
         scaling |= {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
     else:
         scaling["factor"] = rope.factor
+    if rope.kind == "llama3":
+        scaling |= {"low_freq_factor": rope.slow_turns, "high_freq_factor": rope.fast_turns}
+    if rope.kind != "linear":
+        scaling["original_max_position_embeddings"] = rope.original_max_positions
     return scaling
 
 

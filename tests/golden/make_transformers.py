@@ -4,7 +4,8 @@
 
 An independent implementation of every backbone that we load, in float32:
 
-* `llama_*`: Llama, as transformers saves it, with GQA groups 1, 4 and 16, tied and untied, YaRN.
+* `llama_*`: Llama, as transformers saves it, with GQA groups 1, 4 and 16, tied and untied; YaRN,
+  linear and Llama 3's own rotary positions.
 * `nosa`: the same Llama logits for a checkpoint with token importance whose `A` is 0.
 * `minicpm`: Granite, which has the same three multipliers as MiniCPM under other names.
 * `longrope_*`: Phi-3 with LongRoPE on both sides of the original length, its fused projections
@@ -224,6 +225,16 @@ def main():
     make_minicpm()
     make_longrope("longrope_plain", 64, 64)
     make_longrope("longrope_stretched", 1024, 64)
+    stretched = dict(zip(heads, (4, 1, 16), strict=True)) | {"max_position_embeddings": 512}
+    ramp = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 = {"rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, **ramp}
+    make_llama(
+        "llama_3",
+        **stretched,
+        rope_parameters=llama3 | {"original_max_position_embeddings": 64},
+    )
+    linear = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+    make_llama("llama_linear", **stretched, rope_parameters=linear)
 
 
 if __name__ == "__main__":

@@ -82,23 +82,14 @@ def every_block(kv=KV):
     return jnp.broadcast_to(ids, (BATCH, TOKENS, kv, BLOCKS))
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("tile", [5, 16, 64])
-@pytest.mark.parametrize("way", ["chosen", "masked"])
-def test_attention_to_chosen_blocks_is_a_softmax_over_their_past_tokens(key, way, tile, with_bias):
+@pytest.mark.parametrize(("tile", "with_bias"), [(5, True), (16, False), (64, True)])
+@pytest.mark.parametrize("way", ["dense", "chosen", "masked"])
+def test_attention_is_a_softmax_over_the_past_tokens_of_the_blocks(key, way, tile, with_bias):
     q, k, v, bias, ids = inputs(key)
     bias = bias if with_bias else None
     got = attend(way, q, k, v, ids, at_all(), bias, tile)
-    assert_close_float32(got, by_loops(q, k, v, ids, at_all(), bias))
-
-
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("tile", [5, 16, 64])
-def test_dense_attention_is_a_softmax_over_all_past_tokens(key, tile, with_bias):
-    q, k, v, bias, _ = inputs(key)
-    bias = bias if with_bias else None
-    got = attend("dense", q, k, v, None, at_all(), bias, tile)
-    assert_close_float32(got, by_loops(q, k, v, every_block(), at_all(), bias))
+    read = every_block() if way == "dense" else ids
+    assert_close_float32(got, by_loops(q, k, v, read, at_all(), bias))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,10 @@ def test_a_sparse_rule_that_no_layer_could_run_is_refused(fields, message):
     ("fields", "message"),
     [
         ({"theta": 0.0}, "self.theta=0.0 must be positive"),
-        ({"kind": "ntk"}, "self.kind='ntk' must be 'default', 'longrope' or 'yarn'"),
+        (
+            {"kind": "ntk"},
+            "self.kind='ntk' must be 'default', 'linear', 'llama3', 'longrope' or 'yarn'",
+        ),
         ({"kind": "longrope"}, "kind='longrope' with 0 short and 0 long factors"),
         (
             {"kind": "longrope", "short_factor": (1.0,), "long_factor": (1.0, 2.0)},
@@ -75,6 +78,10 @@ def test_a_sparse_rule_that_no_layer_could_run_is_refused(fields, message):
             "kind='default' with 16 short and 16 long factors",
         ),
         ({"kind": "yarn", "factor": 0.5}, "self.factor=0.5 must be at least 1"),
+        (
+            {"kind": "llama3", "slow_turns": 4.0, "fast_turns": 2.0},
+            "self.slow_turns=4.0 must be positive and below self.fast_turns=2.0",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_shape_hook")

@@ -234,7 +234,7 @@ def test_token_importance_and_its_block_scores_are_the_originals(tokens, mode):
         if mode == "sparda":
             got = cache.importance[0, :tokens]
             near(got, want["sparda.cis"][layer], "importance", tokens)
-        scores = selector.importance_scores(cache.summary, jnp.array([tokens]), blocks)
+        scores = selector.importance_scores(cache.summary, last, blocks)
         golden = want[f"{mode}.cis_block_scores"][layer]
         assert np.isposinf(golden[:, pinned]).all()
         got = np.asarray(scores)[0, 0]

@@ -81,6 +81,26 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
     assert (np.diff(stretched) < 0).all()
 
 
+def test_linear_divides_every_frequency():
+    linear = RopeConfig(kind="linear", factor=4.0)
+    plain = base_frequencies(PLAIN, 16)
+    np.testing.assert_allclose(base_frequencies(linear, 16), plain / 4, rtol=1e-6)
+    assert linear.attention_factor == 1.0
+
+
+def test_llama3_keeps_what_turns_often_and_divides_what_turns_rarely():
+    llama = RopeConfig(
+        kind="llama3", theta=500000.0, factor=8.0, original_max_positions=8192, fast_turns=4.0
+    )
+    got = base_frequencies(llama, 128)
+    for i, frequency in enumerate(got):
+        plain = 500000.0 ** (-i / 64)
+        turns = 8192 * plain / (2 * math.pi)
+        kept = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        assert frequency == pytest.approx(plain * kept + plain / 8 * (1 - kept), rel=1e-6)
+    assert llama.attention_factor == 1.0
+
+
 def test_frequencies_start_at_one_and_fall_geometrically():
     got = base_frequencies(RopeConfig(theta=100.0), 8)
     np.testing.assert_allclose(got, 100.0 ** (-np.arange(4) / 4), rtol=1e-6)

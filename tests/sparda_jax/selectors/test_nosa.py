@@ -106,6 +106,29 @@ def test_the_choice_is_the_query_share_and_then_the_most_important(
         assert got[0, t, head].tolist() == oracles.padded(want, got.shape[-1])
 
 
+def test_the_importance_of_tokens_after_the_query_changes_nothing():
+    """Without local blocks a window of block own − 1 may reach past the query."""
+    sparse = SparseConfig(
+        block_size=W,
+        pool_size=4,
+        pool_stride=2,
+        sink_blocks=0,
+        local_blocks=0,
+        query_blocks=1,
+        selected_blocks=2,
+    )
+    importance = np.zeros((1, TOKENS, 2), np.float32)
+    importance[0, :W] = 1.0
+    scores, at = np.zeros((1, QUERIES, 2, BLOCKS), np.float32), jnp.array([[3, 12, 20, 37]])
+    want = np.asarray(choose(scores, importance, at, sparse))
+    assert want[0, 1:, 0].tolist() == [[0, 3], [0, 5], [0, 9]]
+    for t, position in enumerate(np.asarray(at)[0]):
+        later = importance.copy()
+        later[0, position + 1 :] = 100.0
+        got = np.asarray(choose(scores, later, at, sparse))
+        np.testing.assert_array_equal(got[0, t], want[0, t])
+
+
 def test_the_published_budget_leaves_twenty_three_blocks_to_the_query():
     config = ModelConfig.nosa_8b()
     sparse = config.sparse

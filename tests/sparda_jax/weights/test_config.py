@@ -258,6 +258,26 @@ def test_yarn_stretches_the_positions():
     assert parse_config(LLAMA | {"rope_scaling": scaling}).max_context == 4096
 
 
+def test_llama3_is_read_as_llama_3_1_states_it():
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
+    rope = parse_config(LLAMA | {"rope_scaling": scaling, "rope_theta": 5e5}).rope
+    assert (rope.kind, rope.factor, rope.theta) == ("llama3", 8.0, 5e5)
+    assert (rope.slow_turns, rope.fast_turns) == (1.0, 4.0)
+    assert (rope.original_max_positions, rope.max_positions) == (1024, 4096)
+
+
+def test_linear_stretches_positions_but_not_the_stated_length():
+    config = parse_config(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert (config.rope.kind, config.rope.factor) == ("linear", 2.0)
+    assert config.max_context == 4096
+
+
 def test_newer_files_keep_theta_among_the_rope_parameters():
     raw = LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
     assert parse_config(raw).rope.theta == 5e5
@@ -267,8 +287,21 @@ def test_newer_files_keep_theta_among_the_rope_parameters():
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "llama3", "factor": 8.0}, "'llama3' is not one of"),
-        ({"type": "linear", "factor": 2.0}, "'linear' is not one of"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            "'dynamic' is not one of .*change as a text grows.*run within 4096 positions",
+        ),
+        (
+            {"rope_type": "su", "factor": 2.0},
+            r"'su' is not one of .*'yarn'\]; remove rope_scaling",
+        ),
+        ({"rope_type": "llama3", "factor": 8.0}, "lacks 'low_freq_factor'"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4},
+            "lacks 'original_max_position_embeddings'",
+        ),
+        ({"type": "linear"}, "lacks 'factor'"),
+        ({"type": "linear", "factor": 0.5}, r"self\.factor=0\.5 must be at least 1"),
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}, "another beta_fast than 32"),
         ({"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}, "'mscale': 0.7"),
         ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "factor=1.0 .* 1.138"),
@@ -308,6 +341,20 @@ TRIPS = {
     "longrope": tiny_config(rope=LONG, max_context=2048),
     "yarn": tiny_config(
         rope=RopeConfig(kind="yarn", factor=4.0, original_max_positions=256, max_positions=1024)
+    ),
+    "llama3": tiny_config(
+        rope=RopeConfig(
+            kind="llama3",
+            factor=8.0,
+            slow_turns=2.0,
+            fast_turns=8.0,
+            original_max_positions=128,
+            max_positions=1024,
+            compute_dtype="model",
+        )
+    ),
+    "linear": tiny_config(
+        rope=RopeConfig(kind="linear", factor=2.0, original_max_positions=512, max_positions=1024)
     ),
     "other lengths": tiny_config(rope=RopeConfig(original_max_positions=100), max_context=77),
     "importance, rotated in f32": tiny_config(token_importance=True, sparse=NOSA),

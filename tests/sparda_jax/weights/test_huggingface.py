@@ -31,6 +31,8 @@ CASES = (
     "llama_group_4",
     "llama_group_16",
     "llama_yarn",
+    "llama_3",
+    "llama_linear",
     "nosa",
     "minicpm",
     "longrope_plain",
