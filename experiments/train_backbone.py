@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches, WeightedBatch
 from experiments.corpus import Document, cut_documents, load_packed
@@ -181,25 +181,28 @@ def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, 
     config.out.mkdir(parents=True, exist_ok=True)
     state = {"phase": 0, "step": 0, "params": params, "moments": None}
     state = load_state(config.out, state)
-    tracker = JsonlTracker(config.out, start_step=_global_step(config, state))
+    done = _global_step(config, state)  # a line's step counts the steps that are behind it
+    tracker = JsonlTracker(config.out, start_step=done + 1 if done else 0)
     tracker.log_hyperparameters(_plain(dataclasses.asdict(config)))
     summary: dict[str, Any] = {"finished": True, "evaluations": {}}
 
-    for index in range(state["phase"], len(config.phases)):
-        phase = config.phases[index]
-        finished = _train_phase(config, index, graph, heads, state, tracker, started)
-        if not finished:
-            summary["finished"] = False
-            break
-        if config.evaluate:
-            merged = merge_weights(graph, heads, state["params"], "bfloat16")
-            result = evaluate(merged, config, max_tokens=phase.seq_len, mode=phase.mode)
-            summary["evaluations"][phase.name] = result
-            tracker.log(result, step=_global_step(config, state))
-            print(json.dumps({"phase": phase.name} | result), flush=True)
-        state |= {"phase": index + 1, "step": 0, "moments": None}
-        save_state(config.out, state)
-    tracker.finish()
+    try:
+        for index in range(state["phase"], len(config.phases)):
+            phase = config.phases[index]
+            finished = _train_phase(config, index, graph, heads, state, tracker, started)
+            if not finished:
+                summary["finished"] = False
+                break
+            if config.evaluate:
+                merged = merge_weights(graph, heads, state["params"], "bfloat16")
+                result = evaluate(merged, config, max_tokens=phase.seq_len, mode=phase.mode)
+                summary["evaluations"][phase.name] = result
+                tracker.log(result, step=_global_step(config, state))
+                print(json.dumps({"phase": phase.name} | result), flush=True)
+            state |= {"phase": index + 1, "step": 0, "moments": None}
+            save_state(config.out, state)
+    finally:
+        tracker.finish()
     np.savez(config.out / "weights.npz", **flatten(state["params"], np.dtype(jnp.bfloat16)))
     summary["seconds"] = time.monotonic() - started
     (config.out / "summary.json").write_text(json.dumps(_plain(summary), indent=1))
@@ -312,11 +315,9 @@ def make_step(
         wanted, weight = tokens[:, 1:], weights[:, 1:]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
         total = jnp.sum(losses * weight) / jnp.sum(weight)
-        asked = weight > 1.0
-        right = jnp.sum((jnp.argmax(logits, axis=-1) == wanted) & asked) / jnp.maximum(
-            jnp.sum(asked), 1
-        )
-        plain = jnp.sum(losses * (weight == 1.0)) / jnp.maximum(jnp.sum(weight == 1.0), 1)
+        right = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
+        answers = _mean_where(right, weight > 1.0)
+        plain = _mean_where(losses, weight == 1.0)
         aligned = recalled = jnp.float32(0.0)
         if phase.alignment > 0:
             for q, cache in zip(seen["q"], seen["cache"], strict=True):
@@ -335,7 +336,7 @@ def make_step(
             "loss": total,
             "alignment": aligned,
             "recall": recalled,
-            "answer_accuracy": right,
+            "answer_accuracy": answers,
             "text_bits": plain / jnp.log(2.0),
         }
 
@@ -350,7 +351,7 @@ def make_step(
             updates, moments = tx.update(gradient, moments, params)
             updates = jax.tree.map(lambda u: u * rate, updates)
             params = optax.apply_updates(params, updates)
-        return params, moments, metrics | {"grad_norm": optax.global_norm(gradient)}
+        return params, moments, metrics | {"grad_norm": optax.tree.norm(gradient)}
 
     return step
 
@@ -435,6 +436,12 @@ def alignment_loss(
     )
     held = jnp.sum(jnp.where(block_mask(chosen, blocks), wanted, 0.0), axis=-1) * weight
     return jnp.mean(weight * divergence), jnp.sum(held) / jnp.maximum(jnp.sum(weight), 1e-6)
+
+
+def _mean_where(x: Float[Array, "B T"], chosen: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Average over the chosen entries; 0 where there are none."""
+    count = jnp.sum(chosen, dtype=jnp.float32)
+    return jnp.sum(jnp.where(chosen, x, 0.0)) / jnp.maximum(count, 1.0)
 
 
 def merge_weights(graph: nnx.GraphDef, heads: Any, params: Any, dtype: str) -> SpardaLM:

@@ -266,6 +266,8 @@ def finish_layer(
     if bias is not None and plan.parity is not None:  # the original drops it in dense attention
         dense = now.attend_all[:, None, None, None] | (plan.selector is None)
         bias = jnp.where(dense, 0.0, bias)
+        if plan.parity == "reference_fast_engine":  # it scales q · k + bias instead of q · k
+            bias = bias * plan.config.head_dim**-0.5
     if plan.selector is None:
         y = attend_every_slot(begun.q, kv.slots, now.positions, bias)
     else:

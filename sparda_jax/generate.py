@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from sparda_jax.capacity import KVPlace, Prompt
+from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
 from sparda_jax.sampling import GREEDY, Sampling, request_keys, sample_tokens
 from sparda_jax.selectors import Selector
-from sparda_jax.session import KVPlace, Prompt, Session, Traffic
+from sparda_jax.session import Session
 from sparda_jax.shapes import Mode, Parity
 
 FinishReason = Literal["eos", "length"]
@@ -200,7 +202,7 @@ def generate(
 
     Example:
         >>> from sparda_jax.testing import tiny_model
-        >>> result = generate(tiny_model(), [[1, 2, 3], [4]], max_new_tokens=4, kv="offload")
+        >>> result = generate(tiny_model(layers=2), [[1, 2, 3], [4]], max_new_tokens=4)
         >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
         ([4, 4], ['length', 'length'])
     """

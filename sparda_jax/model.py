@@ -9,8 +9,9 @@ generation run the same `run_chunk`.
 
 import dataclasses
 import functools
+import pathlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -26,7 +27,7 @@ from sparda_jax.attention import (
     attend_masked,
     map_tiles,
 )
-from sparda_jax.config import ModelConfig
+from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.layers import MLP, RMSNorm, init_weight
 from sparda_jax.rope import Rope, make_rope
 from sparda_jax.selection import BlockChoice, block_mask, choice_width, select_blocks
@@ -98,6 +99,92 @@ class SpardaLM(nnx.Module):
         else:
             weight, formula = self.lm_head[...], "bpd,dv->bpv"
         return jnp.einsum(formula, x, weight, preferred_element_type=jnp.float32)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | pathlib.Path,
+        *,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        sparse: SparseConfig | None = None,
+        heads: str | pathlib.Path | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | Literal["bar"] | None = "bar",
+    ) -> "SpardaLM":
+        """Load a model from a Hugging Face folder or hub id: `sparda_jax.weights.load_pretrained`.
+
+        What ranks the blocks is no part of a model: `forward` and `generate` take it as `mode` and
+        `selector` with each call, and one loaded model serves them all.
+
+        Args:
+            path_or_id: a folder with config.json and safetensors, or a hub id `owner/name`.
+            dtype: of the parameters; `None` takes the checkpoint's.
+            mesh: devices with an axis `model` to spread the parameters over; `None` puts all of
+                them on the default device.
+            sparse: the rule that chooses blocks; `None` reads `sparse_config` of config.json.
+            heads: Forecast heads, `.pt` of the original's trainer or safetensors; `None` takes
+                those of the folder, or draws them at random and says so.
+            seed: of heads drawn at random.
+            progress: told the bytes done and in all; `bar` draws a bar on a terminal.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or another model's.
+            ValueError: a mesh without an axis `model`.
+        """
+        from sparda_jax.weights import load_pretrained
+
+        return load_pretrained(
+            path_or_id,
+            dtype=dtype,
+            mesh=mesh,
+            sparse=sparse,
+            heads=heads,
+            seed=seed,
+            progress=progress,
+        )
+
+    def save_pretrained(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        tokenizer_files: str | pathlib.Path | Iterable[str | pathlib.Path] = (),
+        eos_ids: Sequence[int] = (),
+        step: int | None = None,
+        name: str | None = None,
+        max_shard_bytes: int = 4_000_000_000,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | Literal["bar"] | None = "bar",
+    ) -> None:
+        """Save the model as a Hugging Face folder: `sparda_jax.weights.save_pretrained`.
+
+        Args:
+            folder: to be made; config.json holds the sparse rule, heads.safetensors the heads.
+            tokenizer_files: files to copy beside the model, or a folder whose tokenizer to copy.
+            eos_ids: ids that end a text, for config.json.
+            step: optimiser steps that the heads have seen, for their metadata.
+            name: of the backbone, for the same.
+            max_shard_bytes: a larger backbone is split into files of at most this size.
+            overwrite: replace a folder that exists.
+            progress: as in `from_pretrained`.
+
+        Raises:
+            ValueError: the folder exists and `overwrite` is false, a tokenizer file is missing, or
+                `max_shard_bytes` < 1.
+        """
+        from sparda_jax.weights import save_pretrained
+
+        save_pretrained(
+            self,
+            folder,
+            tokenizer_files=tokenizer_files,
+            eos_ids=eos_ids,
+            step=step,
+            name=name,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 @typing.no_type_check

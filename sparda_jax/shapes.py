@@ -27,9 +27,10 @@ NO_SLOT = -1
 Mode = Literal["dense", "sparse", "sparda"]
 """`dense`: every block. `sparse`: the model's own rule. `sparda`: the Forecast chooses."""
 
-Parity = Literal["reference", "reference_bf16_scores"] | None
-"""`None` is the correct behaviour; `"reference"` repeats the original's deviations, the other one
-also its rounding of scores to bf16."""
+Parity = Literal["reference", "reference_bf16_scores", "reference_fast_engine"] | None
+"""`None` is the correct behaviour; `"reference"` repeats the deviations of the original's model,
+`"reference_bf16_scores"` also its rounding of scores to bf16, `"reference_fast_engine"` instead the
+scale that its fast engine gives NOSA's bias in decode. PARITY.md lists them all."""
 
 MODES: tuple[str, ...] = get_args(Mode)
 

@@ -141,10 +141,11 @@ def nll_totals(
         ValueError: the buckets do not ascend from 0.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from sparda_jax.testing import tiny_model
-        >>> totals = nll_totals(tiny_model(), jnp.arange(40)[None], bucket_starts=(0, 16))
-        >>> totals.tokens.tolist()
+        >>> measure = jax.jit(lambda *given: nll_totals(*given, bucket_starts=(0, 16)))
+        >>> measure(tiny_model(), jnp.arange(40)[None]).tokens.tolist()
         [15.0, 24.0]
     """
     starts = list(bucket_starts)

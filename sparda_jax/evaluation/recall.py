@@ -110,11 +110,11 @@ def recall_totals(
         ValueError: two selectors have the same name, or a name is unknown.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from sparda_jax.testing import tiny_model
-        >>> tokens = jnp.arange(96)[None] % 64
-        >>> totals = recall_totals(tiny_model(), tokens, selectors=["forecast", "random"])
-        >>> totals["forecast"].recall().shape
+        >>> measure = jax.jit(lambda model, tokens: recall_totals(model, tokens))
+        >>> measure(tiny_model(), jnp.arange(48)[None])["forecast"].recall().shape
         (3, 2)
     """
     config = model.config

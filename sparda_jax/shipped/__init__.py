@@ -69,8 +69,8 @@ def load_shipped(
             names the tensor and both shapes.
 
     Example:
-        >>> from sparda_jax import load_shipped
-        >>> model = load_shipped()  # doctest: +SKIP
+        >>> load_shipped("bfloat16").config.layers
+        8
     """
     from sparda_jax.weights.huggingface import assemble
 
@@ -151,6 +151,10 @@ def heldout_texts(folder: str | Path | None = None) -> tuple[HeldoutText, ...]:
     Raises:
         DataError: there is no manifest, a document is missing, or its bytes are not those that the
             manifest lists.
+
+    Example:
+        >>> len(heldout_texts()[0].data)
+        8192
     """
     where = FOLDER / HELDOUT if folder is None else Path(folder)
     manifest = where / "manifest.json"

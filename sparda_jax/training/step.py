@@ -8,6 +8,7 @@ queries, which add up over micro-batches and devices; they are divided once, at 
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -229,10 +230,11 @@ StepFunction = Callable[
 EvaluateFunction = Callable[[Heads, SpardaLM, Int[Array, "A B T"], Int[Array, "A B"]], Totals]
 
 
+@functools.lru_cache(maxsize=8)
 def make_step(
     plan: LayerPlan, optimizer: OptimizerConfig, *, mesh: Mesh | None = None
 ) -> StepFunction:
-    """Compile one optimiser step over A micro-batches of B sequences.
+    """Compile one optimiser step over A micro-batches of B sequences; once for equal arguments.
 
     Args:
         plan: the static part of the walk.
@@ -266,6 +268,7 @@ def make_step(
     )
 
 
+@functools.lru_cache(maxsize=8)
 def make_evaluate(plan: LayerPlan, *, mesh: Mesh | None = None) -> EvaluateFunction:
     """Compile a walk without gradient: `evaluate(heads, model, tokens [A B T], lengths [A B])`.
 

@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def exam():
-    return needle_exam([TEXT, TEXT[5:]], prompts=3, questions=2, context=256, seed=4)
+    return needle_exam([TEXT, TEXT[5:]], prompts=3, questions=2, context=192, seed=4)
 
 
 def test_needles_and_questions_do_not_count_as_text(exam):
@@ -33,7 +33,7 @@ def test_needles_and_questions_do_not_count_as_text(exam):
         assert b"# note" not in kept
         assert re.sub(rb"# note \w+ = \d+\n?", b"", bytes(row.astype(np.uint8))) == kept
         assert not is_text[prompt.answer_positions].any()
-        assert is_text.sum() > 100
+        assert is_text.sum() > 80
 
 
 def test_bits_per_byte_agree_with_perplexity(model):
@@ -75,6 +75,7 @@ def test_the_choices_of_the_first_row_are_kept(model, exam):
     np.testing.assert_array_equal(got.choices, np.asarray(ids)[:, 0, ::16])
 
 
+@pytest.mark.slow
 def test_other_heads_rank_on_the_states_of_the_first_model(model):
     other = tiny_model(1, vocab_size=259)
     documents = [TEXT[:128]]

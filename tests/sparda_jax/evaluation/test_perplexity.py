@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative log-likelihood against the logits themselves, and how it is summed."""
 
+import functools
 import math
 
 import jax
@@ -19,9 +20,11 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 50)).astype(np.int32)
 LENGTHS = np.array([50, 33], np.int32)
 
 
+@functools.cache
 def wanted_nll(mode):
     """From all logits at once, f64; padding is not a number."""
-    logits = forward(MODEL, jnp.asarray(TOKENS), lengths=jnp.asarray(LENGTHS), mode=mode)
+    read = jax.jit(functools.partial(forward, mode=mode))
+    logits = read(MODEL, jnp.asarray(TOKENS), lengths=jnp.asarray(LENGTHS))
     logits = np.asarray(logits, np.float64)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(logs[:, :-1], TOKENS[:, 1:, None], -1)[..., 0]
@@ -31,20 +34,16 @@ def wanted_nll(mode):
 @pytest.mark.parametrize("mode", ["dense", "sparse", "sparda"])
 def test_every_token_has_the_likelihood_that_the_logits_give_it(mode, monkeypatch):
     monkeypatch.setattr(perplexity, "_TILE_BYTES", 4 * 2 * 64 * 11)  # eleven positions a tile
-    found = token_nll(MODEL, jnp.asarray(TOKENS), lengths=jnp.asarray(LENGTHS), mode=mode)
+    measure = jax.jit(functools.partial(token_nll, mode=mode))
+    found = measure(MODEL, jnp.asarray(TOKENS), lengths=jnp.asarray(LENGTHS))
     wanted = wanted_nll(mode)
     np.testing.assert_allclose(found, np.nan_to_num(wanted), atol=1e-5)
 
 
 def test_totals_are_sums_by_the_position_of_the_predicted_token():
     starts = (0, 16, 40)
-    totals = nll_totals(
-        MODEL,
-        jnp.asarray(TOKENS),
-        lengths=jnp.asarray(LENGTHS),
-        mode="dense",
-        bucket_starts=starts,
-    )
+    measure = jax.jit(functools.partial(nll_totals, mode="dense", bucket_starts=starts))
+    totals = measure(MODEL, jnp.asarray(TOKENS), lengths=jnp.asarray(LENGTHS))
     wanted, at = wanted_nll("dense"), np.arange(1, 50)
     for bucket, (start, end) in enumerate(((0, 16), (16, 40), (40, 50))):
         part = wanted[:, (at >= start) & (at < end)]
@@ -80,7 +79,8 @@ def test_batches_add_up():
 
 
 def test_an_empty_bucket_is_not_a_number():
-    totals = nll_totals(MODEL, jnp.asarray(TOKENS), mode="dense", bucket_starts=(0, 100))
+    measure = jax.jit(functools.partial(nll_totals, mode="dense", bucket_starts=(0, 100)))
+    totals = measure(MODEL, jnp.asarray(TOKENS))
     assert jax.numpy.isnan(totals.nll_by_bucket()).tolist() == [False, True]
 
 

@@ -3,6 +3,7 @@
 """Recall of selectors on one run's states."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,16 @@ LENGTHS = jnp.array([96, 71])
 SELECTORS = ("forecast", "previous_query", "query", "random")
 
 
-def measure(model=MODEL, tokens=TOKENS, lengths=LENGTHS, **options):
-    options = {"selectors": SELECTORS} | options
-    run = jax.jit(
-        lambda model, tokens, lengths: recall_totals(model, tokens, lengths=lengths, **options)
-    )
-    return run(model, tokens, lengths)
+@functools.cache
+def compiled(selectors, mode):
+    def run(model, tokens, lengths):
+        return recall_totals(model, tokens, lengths=lengths, selectors=selectors, mode=mode)
+
+    return jax.jit(run)
+
+
+def measure(model=MODEL, tokens=TOKENS, lengths=LENGTHS, selectors=SELECTORS, mode="sparse"):
+    return compiled(selectors, mode)(model, tokens, lengths)
 
 
 FOUND = measure()

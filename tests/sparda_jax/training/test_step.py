@@ -83,9 +83,8 @@ def test_how_blocks_are_read_and_how_tiles_are_cut_changes_nothing(change):
 def test_routing_by_the_forecast_reads_what_the_sparda_mode_reads():
     plan = dataclasses.replace(PLAN, routing="forecast", has_gradient=False)
     _, seen = walk(plan, lengths=(96, 71))
-    _, ids = forward(
-        MODEL, jnp.asarray(TOKENS), lengths=jnp.array([96, 71]), mode="sparda", return_choices=True
-    )
+    read = functools.partial(forward, mode="sparda", logits="last", return_choices=True)
+    _, ids = jax.jit(read)(MODEL, jnp.asarray(TOKENS), lengths=jnp.array([96, 71]))
     for layer, (_, labels) in enumerate(seen[:-1]):
         np.testing.assert_array_equal(labels.ids, ids[layer])
     teacher = walk()[1]
