@@ -265,7 +265,7 @@ def main(
         "recall_tokens": recall_tokens,
         "offload": found["offload"],
         "training": trained.history,
-        "answer": exam.prompts[0].answers[0],
+        "answer": next(prompt.answers[0] for prompt in exam.prompts if prompt is not None),
         "generated": generated,
         "seconds": seconds,
         "config": describe(config, model.config),
@@ -284,7 +284,7 @@ def main(
 
 def describe(config: Config, model_config: ModelConfig) -> dict[str, Any]:
     """Note the settings of the run, and those of the model that the report names."""
-    settings = dataclasses.asdict(config)
+    settings: dict[str, Any] = {**dataclasses.asdict(config)}
     settings["text"] = None if config.text is None else config.text.name
     del settings["out"], settings["weights"]
     sparse = model_config.sparse

@@ -122,13 +122,12 @@ def _read(
     model: SpardaLM, tokens: Array, is_text: Array, *, mode: Mode, has_choices: bool
 ) -> tuple[Array, Array, Array | None]:
     """Give the summed nats of the bytes that count, the likeliest next bytes, and the choices."""
-    found = forward(model, tokens, mode=mode, return_choices=has_choices)
-    logits, choices = found if has_choices else (found, None)
+    logits, choices = forward(model, tokens, mode=mode, return_choices=True)
     said = jnp.argmax(logits, axis=-1)
     right = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits[:, :-1], axis=-1) - right
     nats = jnp.sum(jnp.where(is_text[:, 1:], nats, 0.0), axis=1)
-    return nats, said, None if choices is None else choices[:, 0, ::CHOICE_STRIDE]
+    return nats, said, choices[:, 0, ::CHOICE_STRIDE] if has_choices else None
 
 
 def take_exam(

@@ -408,7 +408,7 @@ def main(config: Config) -> Path:
     with progress() as tell:
         report = measure(model, config, heldout=heldout, training=training, tell=tell)
     report["seconds"]["all"] = time.perf_counter() - begin
-    settings = dataclasses.asdict(config)
+    settings: dict[str, Any] = {**dataclasses.asdict(config)}
     del settings["commit"], settings["out"], settings["weights"], settings["corpus"]
     command = "python -m experiments.shipped_model --corpus runs/corpus"
     record = records.collect(

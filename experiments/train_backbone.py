@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -174,10 +174,10 @@ def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, 
     model_config = dataclasses.replace(model_config, dtype="float32")
     model = SpardaLM(model_config, rngs=nnx.Rngs(config.seed))
     graph, heads, rest = nnx.split(model, ForecastParam, ...)
-    params = nnx.to_pure_dict(rest)
+    params = nnx.to_pure_dict(cast(nnx.State, rest))
     if config.init is not None:
         earlier = load_shipped("float32", heads=False, folder=config.init)
-        params = nnx.to_pure_dict(nnx.split(earlier, ForecastParam, ...)[2])
+        params = nnx.to_pure_dict(cast(nnx.State, nnx.split(earlier, ForecastParam, ...)[2]))
     config.out.mkdir(parents=True, exist_ok=True)
     state = {"phase": 0, "step": 0, "params": params, "moments": None}
     state = load_state(config.out, state)
@@ -203,7 +203,7 @@ def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, 
             save_state(config.out, state)
     finally:
         tracker.finish()
-    np.savez(config.out / "weights.npz", **flatten(state["params"], np.dtype(jnp.bfloat16)))
+    _save_arrays(config.out / "weights.npz", flatten(state["params"], np.dtype(jnp.bfloat16)))
     summary["seconds"] = time.monotonic() - started
     (config.out / "summary.json").write_text(json.dumps(_plain(summary), indent=1))
     return summary
@@ -447,10 +447,10 @@ def _mean_where(x: Float[Array, "B T"], chosen: Bool[Array, "B T"]) -> Float[Arr
 def merge_weights(graph: nnx.GraphDef, heads: Any, params: Any, dtype: str) -> SpardaLM:
     """Put f32 masters into a model as `dtype`."""
 
-    def cast(tree: Any) -> Any:
+    def as_dtype(tree: Any) -> Any:
         return jax.tree.map(lambda p: p.astype(dtype), tree)
 
-    model = nnx.merge(graph, cast(heads), nnx.State(cast(params)))
+    model = nnx.merge(graph, as_dtype(heads), nnx.State(as_dtype(params)))
     model.config = dataclasses.replace(model.config, dtype=dtype)
     for layer in model.layers:
         layer.config = model.config
@@ -521,7 +521,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for number, group in enumerate(groups):
-        np.savez(temporary / f"{number}.npz", **{str(i): leaves[i] for i in group})
+        _save_arrays(temporary / f"{number}.npz", {str(i): leaves[i] for i in group})
     header = {"phase": state["phase"], "step": state["step"], "leaves": len(leaves)}
     (temporary / "header.json").write_text(json.dumps(header | {"files": len(groups)}))
     shutil.rmtree(target, ignore_errors=True)
@@ -559,6 +559,11 @@ def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         "params": params,
         "moments": rest or None,
     }
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write named arrays to an `.npz` file."""
+    np.savez(path, **arrays)
 
 
 def _global_step(config: Config, state: Mapping[str, Any]) -> int:

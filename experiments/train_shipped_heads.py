@@ -70,7 +70,7 @@ class Config:
     resume: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class MixtureBatches:
     """The backbone's mixture as a source for Forecast training: nothing is weighted.
 

@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         References:
             NOSA, arXiv:2510.13602.
         """
-        if self.importance_proj is None:
+        if self.importance_proj is None or self.importance_scale is None:
             return None
         weight = self.importance_proj[...].astype(jnp.float32)
         raw = jnp.einsum("btkh,khj->btj", v.astype(jnp.float32), weight)

@@ -28,7 +28,8 @@ class ChatTemplate:
         adds_bos: the tokenizer puts BOS in front of the text (`add_bos_token`).
 
     Example:
-        >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+        >>> source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        >>> template = ChatTemplate(source)
         >>> template.render([{"role": "user", "content": "Why?"}])
         '<user>Why?'
     """
@@ -68,10 +69,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(source, globals=_GLOBALS)
         except self._errors as error:
             raise DataError(
                 f"the chat template of {len(source)} characters is no Jinja template: {error}; "
@@ -142,6 +141,14 @@ class ChatTemplate:
 def _refuse(message: str) -> NoReturn:
     """What templates call `raise_exception`."""
     raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    """What templates call `strftime_now`."""
+    return datetime.datetime.now().strftime(form)
+
+
+_GLOBALS = {"raise_exception": _refuse, "strftime_now": _now}
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

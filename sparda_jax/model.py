@@ -12,7 +12,7 @@ import functools
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +305,8 @@ def make_probes(
     model: SpardaLM, plan: Plan, layer: int, x: Array, q: Array, rope: Rope
 ) -> dict[int, Probe]:
     """Make the probes of all layers that `layer` ranks for."""
+    if plan.selector is None:
+        return {}
     with jax.named_scope("probe"):
         return {
             target: plan.selector.probe(model, layer, target, x, q, rope)
@@ -312,8 +314,18 @@ def make_probes(
         }
 
 
-def _write(held: Array, new: Array, start: Int[Array, ""]) -> Array:
-    """Write a chunk into a cache at token `start`."""
+@typing.overload
+def _write(held: Array, new: Array, start: Int[Array, ""]) -> Array: ...
+
+
+@typing.overload
+def _write(held: Array | None, new: Array | None, start: Int[Array, ""]) -> Array | None: ...
+
+
+def _write(held: Array | None, new: Array | None, start: Int[Array, ""]) -> Array | None:
+    """Write a chunk into a cache at token `start`; nothing into nothing."""
+    if held is None or new is None:
+        return None
     return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), start, axis=1)
 
 
@@ -456,9 +468,7 @@ def run_chunk(
             cache = LayerCache(
                 k=_write(cache.k, k, start),
                 v=_write(cache.v, v, start),
-                importance=None
-                if importance is None
-                else _write(cache.importance, importance, start),
+                importance=_write(cache.importance, importance, start),
                 summary=summary,
             )
             mine = made.pop(layer, probe)
@@ -477,6 +487,23 @@ def run_chunk(
         new_caches.append(cache)
         choices.append(choice)
     return x, new_caches, choices
+
+
+# Both overloads stand for all other options at once, which the checker takes for too many.
+@typing.overload
+def forward(  # pyrefly: ignore[inconsistent-overload]
+    model: SpardaLM,
+    tokens: Int[Array, "B T"],
+    *,
+    return_choices: Literal[False] = False,
+    **options: Any,
+) -> Float[Array, "B P V"]: ...
+
+
+@typing.overload
+def forward(  # pyrefly: ignore[inconsistent-overload]
+    model: SpardaLM, tokens: Int[Array, "B T"], *, return_choices: Literal[True], **options: Any
+) -> tuple[Float[Array, "B P V"], Int[Array, "L B T K J"]]: ...
 
 
 def forward(
@@ -563,7 +590,7 @@ def forward(
     if plan.selector is None:
         empty = jnp.full((config.layers, batch, queries, config.kv_heads, 0), NO_BLOCK, jnp.int32)
         return out, empty
-    return out, jnp.stack([choice.ids for choice in choices])
+    return out, jnp.stack([choice.ids for choice in choices if choice is not None])
 
 
 def _take_positions(x: Float[Array, "B T D"], at: Int[Array, "B P"]) -> Float[Array, "B P D"]:

@@ -11,7 +11,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
+
+Keys = Key[Array, " B"] | UInt32[Array, "B words"]
+"""One key a row, typed or as words."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
 
 def request_keys(
     key: PRNGKeyArray, requests: Int[Array, " B"], positions: Int[Array, " B"]
-) -> PRNGKeyArray:
+) -> Keys:
     """Make the key of each token: fold_in(fold_in(key, request), position).
 
     Args:
@@ -100,7 +103,7 @@ def request_keys(
 
 
 def sample_tokens(
-    logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray | None
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Keys | None
 ) -> Int[Array, " B"]:
     """Draw the next token of each row: temperature, then top-k, then top-p.
 

@@ -16,6 +16,7 @@
 
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -25,13 +26,13 @@ from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.model import SpardaLM
 
 
-def tiny_config(**changes: object) -> ModelConfig:
+def tiny_config(**changes: Any) -> ModelConfig:
     """Make a configuration that runs in milliseconds: 3 layers, width 32, blocks of 8 tokens.
 
     Args:
         **changes: fields of `ModelConfig` to replace.
     """
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "vocab_size": 64,
         "width": 32,
         "layers": 3,

@@ -4,11 +4,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
@@ -17,6 +16,9 @@ from sparda_jax.shapes import Mode, Parity
 
 Probe = Any
 """A pytree of arrays whose leading axes are [B T]: what a layer offers to rank blocks with."""
+
+Decoder = Any
+"""A `SpardaLM`; selectors stand below the model and cannot name it."""
 
 KeySummary = Any
 """A pytree of arrays: what a selector keeps on the device about the keys of a layer."""
@@ -53,7 +55,7 @@ class Selector(Protocol):
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],
@@ -97,7 +99,7 @@ def register[T](name: str) -> Callable[[T], T]:
     """Register a selector class under `name`."""
 
     def add(cls: T) -> T:
-        _REGISTRY[name] = cls
+        _REGISTRY[name] = cast(Any, cls)
         return cls
 
     return add

@@ -9,12 +9,11 @@ is the max over its cells. Layer 0 has no predecessor and ranks its blocks by it
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.pooling import LOWEST, PooledSummary, pool_scores, pooled_count
 from sparda_jax.rope import Rope, apply_rope
-from sparda_jax.selectors.base import Source, register, round_scores, score_cells
+from sparda_jax.selectors.base import Decoder, Source, register, round_scores, score_cells
 from sparda_jax.selectors.query import PooledKeys, visible_cells
 
 
@@ -33,7 +32,7 @@ class ForecastSelector(PooledKeys):
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],

@@ -13,7 +13,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
@@ -26,7 +26,7 @@ from sparda_jax.pooling import (
 )
 from sparda_jax.rope import Rope
 from sparda_jax.selection import pinned_blocks
-from sparda_jax.selectors.base import KeySummary, Probe, Selector, Source, get, register
+from sparda_jax.selectors.base import Decoder, KeySummary, Probe, Selector, Source, get, register
 from sparda_jax.selectors.query import visible_cells
 from sparda_jax.shapes import Parity
 
@@ -71,15 +71,21 @@ class NosaSelector:
         if self.inner is None:
             object.__setattr__(self, "inner", get("query", self.config, parity=self.parity))
 
+    @property
+    def ranker(self) -> Selector:
+        """What ranks the query-aware share."""
+        assert self.inner is not None  # filled in above
+        return self.inner
+
     def source(self, layer: int) -> Source:
         """Whatever the inner selector asks."""
-        return self.inner.source(layer)
+        return self.ranker.source(layer)
 
     def init_summary(self, batch: int, capacity: int, dtype: str) -> NosaSummary:
         """Make room for the inner summary and for pooled importance in f32."""
         config = self.config
         return NosaSummary(
-            inner=self.inner.init_summary(batch, capacity, dtype),
+            inner=self.ranker.init_summary(batch, capacity, dtype),
             importance=init_pooled(batch, capacity, config.kv_heads, 1, config.sparse, "float32"),
         )
 
@@ -94,7 +100,7 @@ class NosaSelector:
         if importance is None:
             raise ValueError("selector 'nosa' needs the importance of the new tokens, got None")
         return NosaSummary(
-            inner=self.inner.extend_summary(summary.inner, k, positions),
+            inner=self.ranker.extend_summary(summary.inner, k, positions),
             importance=extend_pooled(
                 summary.importance, importance[..., None], positions, self.config.sparse
             ),
@@ -102,7 +108,7 @@ class NosaSelector:
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],
@@ -110,7 +116,7 @@ class NosaSelector:
         rope: Rope,
     ) -> Probe:
         """Whatever the inner selector offers."""
-        return self.inner.probe(model, layer, target, x, q, rope)
+        return self.ranker.probe(model, layer, target, x, q, rope)
 
     def importance_scores(
         self, summary: NosaSummary, positions: Int[Array, "B T"], num_blocks: int
@@ -132,14 +138,15 @@ class NosaSelector:
     ) -> Float[Array, "B T K M"]:
         """Score the query-aware share above everything, other blocks by their importance."""
         sparse = self.config.sparse
-        scores = self.inner.score_blocks(probe, summary.inner, positions, lengths, num_blocks)
+        scores = self.ranker.score_blocks(probe, summary.inner, positions, lengths, num_blocks)
         pinned = pinned_blocks(positions, num_blocks, sparse)[:, :, None, :]
         block = jnp.arange(num_blocks)[None, None, None, :]
         past = block <= (positions // sparse.block_size)[:, :, None, None]
         ranked = jnp.where(pinned, jnp.inf, scores)
         if self.parity is None:
             ranked = jnp.where(past, ranked, -jnp.inf)
-        wanted = min(sparse.sink_blocks + sparse.local_blocks + sparse.query_blocks, num_blocks)
+        share = sparse.query_blocks or 0  # never 0: `__post_init__` has seen the configuration
+        wanted = min(sparse.sink_blocks + sparse.local_blocks + share, num_blocks)
         best, ids = jax.lax.top_k(ranked, wanted)  # [B T K wanted], ties to the lower id
         ids = jnp.where(best > -jnp.inf, ids, num_blocks)
         listed = jnp.any(ids[..., None] == block[..., None, :], axis=-2)

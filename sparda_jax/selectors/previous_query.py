@@ -9,11 +9,10 @@ layer l − 1 (normalised as layer l would), resembles the queries of layer l. S
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from sparda_jax.rope import Rope, apply_rope
-from sparda_jax.selectors.base import Source, register
+from sparda_jax.selectors.base import Decoder, Source, register
 from sparda_jax.selectors.query import QuerySelector
 
 
@@ -32,7 +31,7 @@ class PreviousQuerySelector(QuerySelector):
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],

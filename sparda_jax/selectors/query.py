@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.config import ModelConfig, SparseConfig
@@ -23,7 +22,7 @@ from sparda_jax.pooling import (
     pooled_count,
 )
 from sparda_jax.rope import Rope
-from sparda_jax.selectors.base import Source, register, round_scores, score_cells
+from sparda_jax.selectors.base import Decoder, Source, register, round_scores, score_cells
 from sparda_jax.shapes import Parity
 
 
@@ -97,7 +96,7 @@ class QuerySelector(PooledKeys):
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],

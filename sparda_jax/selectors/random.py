@@ -6,12 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from sparda_jax.pooling import PooledSummary
 from sparda_jax.rope import Rope
-from sparda_jax.selectors.base import Source, register
+from sparda_jax.selectors.base import Decoder, Source, register
 from sparda_jax.selectors.query import PooledKeys
 
 
@@ -39,7 +38,7 @@ class RandomSelector(PooledKeys):
 
     def probe(
         self,
-        model: nnx.Module,
+        model: Decoder,
         layer: int,
         target: int,
         x: Float[Array, "B T D"],

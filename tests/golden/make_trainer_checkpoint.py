@@ -15,7 +15,7 @@ import pathlib
 import random
 
 import numpy as np
-import torch
+import torch  # pyrefly: ignore[missing-import]  # only this generator needs it
 
 OUT = pathlib.Path(__file__).parent / "trainer"
 LAYERS, WIDTH, KV_WIDTH = 3, 32, 16
@@ -45,7 +45,7 @@ def main():
     # A transposed view: its strides differ from its shape.
     entry = torch.randn(WIDTH, KV_WIDTH).to(torch.bfloat16).t()
     weights["module.model.layers.0.self_attn.q_curr_proj.weight"] = entry
-    weights._metadata = collections.OrderedDict(version=1)
+    weights.__dict__["_metadata"] = collections.OrderedDict(version=1)
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002, as above

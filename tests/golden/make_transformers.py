@@ -22,9 +22,9 @@ import pathlib
 import shutil
 
 import numpy as np
-import torch
+import torch  # pyrefly: ignore[missing-import]  # only this generator needs it
 from safetensors.torch import load_file, save_file
-from transformers import (
+from transformers import (  # pyrefly: ignore[missing-import]  # as above
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,

@@ -83,7 +83,7 @@ def test_a_file_of_its_own_wins(tmp_path):
 def test_a_folder_without_a_template_says_what_to_do(tmp_path, has_config):
     if has_config:
         write_config(tmp_path, bos_token="<s>")
-    with pytest.raises(DataError, match="0 of 2 places hold one .* give the model plain text"):
+    with pytest.raises(DataError, match=r"0 of 2 places hold one .* give the model plain text"):
         ChatTemplate.load(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_a_broken_template_is_refused():
 def test_what_the_template_refuses_is_told():
     with pytest.raises(DataError, match="refuses these 1 messages: unknown role narrator"):
         ChatTemplate(CHAT).render([{"role": "narrator", "content": "Once"}])
-    with pytest.raises(DataError, match="refuses these 1 messages: .*content"):
+    with pytest.raises(DataError, match=r"refuses these 1 messages: .*content"):
         ChatTemplate(CHAT).render([{"role": "user"}])
 
 

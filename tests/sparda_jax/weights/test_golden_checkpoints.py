@@ -54,7 +54,7 @@ def test_the_configuration_is_read_from_the_folder(name):
 
 
 @each_name
-@pytest.mark.parametrize("mode", ["sparse", "sparda"])
+@pytest.mark.parametrize("mode", [pytest.param("sparse", marks=pytest.mark.slow), "sparda"])
 def test_decode_steps_are_the_originals(name, mode):
     with np.load(GOLDEN / name / "decode_L20_T140_short.npz") as arrays:
         held = dict(arrays)

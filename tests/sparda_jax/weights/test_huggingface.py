@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading real checkpoints: other implementations' logits, every fault told, bounded memory."""
 
+import inspect
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import sparda_jax
 from sparda_jax.config import SparseConfig
 from sparda_jax.errors import CheckpointError
 from sparda_jax.layers import ForecastParam
-from sparda_jax.model import forward
+from sparda_jax.model import SpardaLM, forward
 from sparda_jax.testing import tiny_config, tiny_model
 from sparda_jax.weights import heads_of, load_pretrained, save_forecast_heads, save_pretrained
 from sparda_jax.weights.huggingface import assemble
@@ -120,6 +121,61 @@ def test_a_golden_checkpoint_keeps_its_bits(golden):
     assert model.embed[...].tobytes() == held["model.embed_tokens.weight"].tobytes()
     want = held["lm_head.weight"].T
     np.testing.assert_array_equal(np.asarray(model.lm_head[...]), want)
+
+
+def test_the_models_own_methods_are_the_same_doors(tmp_path):
+    model = tiny_model(seed=3)
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    told = []
+    model.save_pretrained(
+        tmp_path / "m",
+        tokenizer_files=[tokenizer],
+        eos_ids=[2, 5],
+        step=7,
+        name="tiny",
+        max_shard_bytes=20_000,
+        progress=lambda done, total: told.append(done),
+    )
+    assert len(told) == 30
+    assert (tmp_path / "m" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == [2, 5]
+    assert json.loads((tmp_path / "m" / "heads.json").read_text())["step"] == 7
+    assert_same_parameters(SpardaLM.from_pretrained(tmp_path / "m"), model)
+    with pytest.raises(ValueError, match="exists; pass overwrite=True"):
+        model.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m", overwrite=True, progress=None)
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+    rule = SparseConfig(local_blocks=2, selected_blocks=7)
+    heads = tmp_path / "heads.pt"
+    save_forecast_heads(heads, heads_of(tiny_model(seed=4)))
+    (tmp_path / "m" / "heads.safetensors").unlink()
+    other = SpardaLM.from_pretrained(
+        tmp_path / "m", dtype="bfloat16", sparse=rule, heads=heads, progress=None
+    )
+    assert (other.config.dtype, other.config.sparse) == ("bfloat16", rule)
+    want = heads_of(tiny_model(seed=4)).entry.astype("bfloat16")
+    assert heads_of(other).entry.tobytes() == want.tobytes()
+    drawn = [heads_of(SpardaLM.from_pretrained(tmp_path / "m", seed=s)).entry for s in (1, 2)]
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+
+
+def test_a_mesh_reaches_the_loader_through_the_method(saved):
+    mesh = jax.make_mesh((1,), ("data",))
+    with pytest.raises(ValueError, match=r"mesh has axes \['data'\], expected one named 'model'"):
+        SpardaLM.from_pretrained(saved[1], mesh=mesh)
+
+
+def test_the_methods_have_the_arguments_and_defaults_of_the_functions():
+    for method, function in (
+        (SpardaLM.from_pretrained, load_pretrained),
+        (SpardaLM.save_pretrained, save_pretrained),
+    ):
+        want = list(inspect.signature(function).parameters.values())
+        got = list(inspect.signature(method).parameters.values())[-len(want) + 1 :]
+        assert [(p.name, p.kind, p.default) for p in got] == [
+            (p.name, p.kind, p.default) for p in want[1:]
+        ]
 
 
 def test_a_loaded_model_is_the_saved_one(saved):

@@ -1,0 +1,159 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step with everything resident: the same as running the longer sequence at once."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparda_jax.attention import attend_dense, block_bias, block_records
+from sparda_jax.decode import attend_every_slot, choices_made_at, scores_early
+from sparda_jax.model import forward, make_plan
+from sparda_jax.selectors import ForecastSelector
+from sparda_jax.session import Session
+from sparda_jax.testing import assert_close_float32, tiny_config, tiny_model
+
+LENGTHS = (37, 3, 16)
+STEPS = 24
+TOKENS = np.random.default_rng(0).integers(0, 64, (len(LENGTHS), max(LENGTHS) + STEPS))
+SPARSE = tiny_config().sparse
+NOSA = {"token_importance": True, "sparse": dataclasses.replace(SPARSE, query_blocks=2)}
+NO_LOCAL = {"sparse": dataclasses.replace(SPARSE, local_blocks=0, selected_blocks=3)}
+
+
+def make_model(changes):
+    """Make a tiny model whose token importance, if it has any, is not zero."""
+    model = tiny_model(**changes)
+    for layer in model.layers:
+        if layer.attention.importance_scale is not None:
+            layer.attention.importance_scale[...] = jnp.array([0.9, -0.7])
+    return model
+
+
+def prompts():
+    return [TOKENS[row, :length].tolist() for row, length in enumerate(LENGTHS)]
+
+
+def replay(model, **options):
+    """Feed the given tokens: logits [B T+1 V], block ids [T L B K J]."""
+    with Session(model, prompts(), max_new_tokens=STEPS, kv="resident", **options) as session:
+        logits, ids = [np.asarray(session.prefill())], []
+        for step in range(STEPS):
+            tokens = np.array([TOKENS[row, n + step] for row, n in enumerate(LENGTHS)])
+            logits.append(np.asarray(session.step(tokens)))
+            ids.append(np.array([np.asarray(layer) for layer in session.choices]))
+        assert session.lengths.tolist() == [n + STEPS for n in LENGTHS]
+    return np.stack(logits, axis=1), np.array(ids)
+
+
+CASES = [
+    pytest.param("dense", {}, None, id="dense"),
+    pytest.param("sparse", {}, None, id="query"),
+    pytest.param("sparda", {}, None, id="forecast"),
+    pytest.param("sparse", {}, "random", id="random"),
+    pytest.param("sparda", NOSA, None, id="nosa with forecast"),
+    pytest.param("dense", NOSA, None, id="dense with importance"),
+    pytest.param("sparda", NO_LOCAL, None, id="forecast without local blocks"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "changes", "selector"), CASES)
+def test_step_by_step_is_forward_on_the_longer_sequence(mode, changes, selector):
+    model = make_model(changes)
+    logits, ids = replay(model, mode=mode, selector=selector)
+    lengths = np.array(LENGTHS)
+    run = jax.jit(forward, static_argnames=("mode", "selector", "return_choices"))
+    want, chosen = run(
+        model,
+        jnp.array(TOKENS),
+        lengths=jnp.array(lengths + STEPS),
+        mode=mode,
+        selector=selector,
+        return_choices=True,
+    )
+    for row, length in enumerate(LENGTHS):
+        assert_close_float32(logits[row], want[row, length - 1 : length + STEPS])
+        if mode != "dense":
+            at = slice(length, length + STEPS)
+            got = np.moveaxis(ids[:, :, row], 1, 0)  # [L T K J]
+            np.testing.assert_array_equal(got[..., : chosen.shape[-1]], chosen[:, row, at])
+
+
+TRACED = []
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counting(ForecastSelector):
+    """A forecast that notes each time it is traced."""
+
+    def probe(self, model, layer, target, x, q, rope):
+        TRACED.append(target)
+        return ForecastSelector.probe(self, model, layer, target, x, q, rope)
+
+
+def test_block_and_window_boundaries_do_not_retrace():
+    model = tiny_model(layers=2)
+    counts = []
+    with Session(
+        model, prompts(), max_new_tokens=STEPS, selector=Counting(model.config), kv="resident"
+    ) as session:
+        session.prefill()
+        TRACED.clear()
+        for _ in range(STEPS):
+            session.step(np.array([1, 2, 3]))
+            counts.append(len(TRACED))
+    assert counts == [2] * STEPS  # once per layer, in the first step
+    TRACED.clear()
+    with Session(
+        model,
+        [[1] * 11, [2] * 30, [3] * 36],
+        max_new_tokens=STEPS,
+        selector=Counting(model.config),
+        kv="resident",
+    ) as session:
+        session.prefill()
+        session.step(np.array([1, 2, 3]))
+    assert not TRACED  # another batch of near lengths finds everything compiled
+
+
+def test_a_row_that_is_not_active_keeps_its_state():
+    with Session(tiny_model(layers=2), prompts(), max_new_tokens=3, kv="resident") as session:
+        session.prefill()
+        layers = session._decoder.state.layers
+        before = jax.tree.map(np.array, layers)
+        session.step(np.array([5, 6, 7]), jnp.array([True, False, True]))
+        after = jax.tree.map(np.array, session._decoder.state.layers)
+        assert session.lengths.tolist() == [38, 3, 17]
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(old[1], new[1])
+            assert np.any(old[0] != new[0])
+        assert np.all(np.asarray(session.choices[0])[1] == -1)
+
+
+def test_all_slots_attend_as_dense_attention_does(key):
+    keys = jax.random.split(key, 4)
+    q = jax.random.normal(keys[0], (2, 1, 4, 8))
+    k, v = (jax.random.normal(part, (2, 24, 2, 8)) for part in keys[1:3])
+    bias = jax.random.normal(keys[3], (2, 24, 2))
+    at = jnp.array([17, -1])
+    got = attend_every_slot(q, block_records(k, v, 8), at, block_bias(bias, 8))
+    want = attend_dense(q, k, v, at[:, None], bias)
+    assert_close_float32(got, want)
+    assert not np.any(np.asarray(got[1]))
+    chex.assert_shape(got, q.shape)
+
+
+def test_a_later_layer_chooses_for_itself_where_windows_outreach_the_pinned_blocks():
+    early = make_plan(tiny_config(), "sparda", max_length=64)
+    late = make_plan(tiny_config(**NO_LOCAL), "sparda", max_length=64)
+    assert scores_early(early)
+    assert not scores_early(late)
+    assert [choices_made_at(early, layer) for layer in range(3)] == [(0, 1), (2,), ()]
+    assert [choices_made_at(late, layer) for layer in range(3)] == [(0,), (1,), (2,)]
+    dense = make_plan(tiny_config(), "dense", max_length=64)
+    assert choices_made_at(dense, 0) == ()
