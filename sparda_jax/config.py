@@ -120,8 +120,9 @@ class RopeConfig:
 
     Attributes:
         theta: base of the geometric frequencies.
-        kind: `default`; `linear` (positions divided by `factor`); `llama3` (slow frequencies divided
-            by `factor`); `yarn` (the same along another ramp); `longrope` (per-frequency factors).
+        kind: `default`; `linear` (positions divided by `factor`); `llama3` (slow frequencies
+            divided by `factor`); `yarn` (the same along another ramp); `longrope` (per-frequency
+            factors).
         original_max_positions: length that the unstretched frequencies were trained for. LongRoPE
             uses `long_factor` for sequences longer than this.
         max_positions: length that the model claims; sets LongRoPE's attention factor.

@@ -13,6 +13,7 @@ provided the local blocks reach as far back as a window (`scores_early`). Where 
 probe waits and the later layer chooses for itself.
 """
 
+import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Mapping
@@ -142,6 +143,7 @@ def choose(
         lengths: tokens that the summary holds of each sequence.
         num_blocks: M.
     """
+    assert plan.selector is not None  # a plan without one never chooses
     positions = now.rope.positions
     with jax.named_scope("score_blocks"):
         scores = plan.selector.score_blocks(probe, summary, positions, lengths, num_blocks)
@@ -316,7 +318,7 @@ def resident_program(layout: Layout, plan: Plan) -> Callable:
                 )
                 choices |= made
                 probes |= waiting
-                kv = state.layers[layer].replace(summary=summary)
+                kv = dataclasses.replace(state.layers[layer], summary=summary)
                 ids = choices.get(layer)
                 x, kv = finish_layer(
                     block, plan, x, begun, kv, resident_places(plan, ids, now), now
@@ -371,4 +373,4 @@ class ResidentDecoder:
 
     def close(self) -> None:
         """Forget the state."""
-        self.state = None
+        del self.state

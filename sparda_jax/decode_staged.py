@@ -9,6 +9,7 @@ there and copied to the device. A layer that chooses for itself (layer 0, and ev
 selector without lookahead) has nothing to hide its fetch behind: it waits for it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -138,7 +139,9 @@ class StagedDecoder:
         self._plan, self._host = plan, host
         self._lengths = np.array(state.lengths)
         slots = state.layers[0].slots.shape[2]
-        num_blocks = state.layers[0].pool.table.shape[2]
+        pool = state.layers[0].pool
+        assert pool is not None  # a resident layer has none
+        num_blocks = pool.table.shape[2]
         assert fetch == "device_put", fetch
         self._mover = DevicePut(host, slots, plan.width)
         layers = range(plan.config.layers)
@@ -217,9 +220,9 @@ class StagedDecoder:
             {target: layers[target].summary for target in made if target != layer},
             probes.pop(layer, None),
         )
-        layers[layer] = layers[layer].replace(summary=summary)
+        layers[layer] = dataclasses.replace(layers[layer], summary=summary)
         for target, pool in pools.items():
-            layers[target] = layers[target].replace(pool=pool)
+            layers[target] = dataclasses.replace(layers[target], pool=pool)
         plans |= new
         probes |= waiting
         for missing in moves:
@@ -244,7 +247,7 @@ class StagedDecoder:
         x, (slots, importance) = self._finish[layer](
             stored, self._finish_parts[layer], x, begun, places, now
         )
-        self.state.layers[layer] = kv.replace(slots=slots, importance=importance)
+        self.state.layers[layer] = dataclasses.replace(kv, slots=slots, importance=importance)
         return x
 
     def _store(self, tails: dict[int, Array], completes: Bool[np.ndarray, " B"]) -> None:
@@ -256,6 +259,6 @@ class StagedDecoder:
 
     def close(self) -> None:
         """Wait for copies under way, free the staging memory, forget the state."""
-        if self.state is not None:
+        if hasattr(self, "state"):
             self._mover.close()
-            self.state = None
+            del self.state

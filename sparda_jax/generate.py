@@ -104,7 +104,7 @@ def next_tokens(
         The tokens (0 in rows that had ended), the rows that go on, and the next positions.
     """
     requests = jnp.arange(logits.shape[0])
-    keys = None if sampling.is_greedy else request_keys(key, requests, positions)
+    keys = None if key is None else request_keys(key, requests, positions)
     tokens = jnp.where(active, sample_tokens(logits, sampling, keys), 0)
     goes_on = active
     for end in eos_ids:
@@ -119,7 +119,7 @@ class _Record:
         self.tokens: list[list[int]] = [[] for _ in range(session.batch)]
         self.reasons: list[FinishReason] = ["length"] * session.batch
         self._session, self._on_step = session, on_step
-        self._begin = self._count = 0
+        self._begin, self._count = 0.0, 0
 
     def take(
         self,
@@ -248,6 +248,7 @@ def generate(
                 record.take(*entry)
             first = first or time.perf_counter()
         ended = time.perf_counter()
+        first = ended if first is None else first
         return Generation(
             tokens=record.tokens,
             finish_reasons=record.reasons,

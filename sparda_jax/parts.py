@@ -61,7 +61,7 @@ class Layout:
 def _part_of(path: tuple[object, ...]) -> int:
     """Name the part of a leaf by its path in the state."""
     keys = [getattr(step, "key", None) for step in path[:2]]
-    return int(keys[1]) if keys[0] == "layers" else HEAD
+    return int(str(keys[1])) if keys[0] == "layers" else HEAD
 
 
 def cut(model: SpardaLM) -> tuple[Layout, Parts]:

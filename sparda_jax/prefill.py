@@ -165,6 +165,7 @@ def prefill(
     pending: list[Array] = []
 
     def deliver(first_token: int) -> None:
+        assert on_records is not None  # only then is anything pending
         for layer, records in enumerate(pending):
             on_records(layer, first_token // config.sparse.block_size, np.asarray(records))
         pending.clear()

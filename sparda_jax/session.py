@@ -196,7 +196,12 @@ class Session:
             self._decoder = ResidentDecoder(self._layout, self._parts, self.plan, state)
         else:
             self._decoder = StagedDecoder(
-                self._layout, self._parts, self.plan, state, self._host, fetch=self.fetch
+                self._layout,
+                self._parts,
+                self.plan,
+                state,
+                self._host,
+                fetch=resolve_fetch(self.fetch),
             )
         return logits[0] if len(logits) == 1 else jnp.concatenate(logits)
 
@@ -212,6 +217,7 @@ class Session:
             tokens[place, : lengths[place]] = self._prompts[row]
 
         def store(layer: int, block: int, records: np.ndarray) -> None:
+            assert self._host is not None  # only then is it handed on
             self._host.write_range(layer, rows[0], block, records[: len(rows)])
 
         done = prefill(
@@ -234,7 +240,8 @@ class Session:
         """Turn caches into slots, one layer at a time, so that only one layer exists twice."""
         layers, block_size = [], self.config.sparse.block_size
         for layer in range(self.config.layers):
-            cache, done.caches[layer] = done.caches[layer], None
+            cache = done.caches[layer]
+            done.caches[layer] = None  # pyrefly: ignore[unsupported-operation]  # frees it
             if self._host is None:
                 layers.append(_seed_resident(cache, block_size=block_size))
             else:

@@ -34,6 +34,8 @@ scale that its fast engine gives NOSA's bias in decode. PARITY.md lists them all
 
 MODES: tuple[str, ...] = get_args(Mode)
 
+PARITIES: tuple[str, ...] = tuple(name for part in get_args(Parity) for name in get_args(part))
+
 
 def blocks_in(tokens: int, block_size: int) -> int:
     """Count the blocks that hold `tokens` tokens: M = ⌈tokens / block_size⌉.

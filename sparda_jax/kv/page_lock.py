@@ -166,6 +166,7 @@ class HostBuffer:
     def _touch(self) -> None:
         """Fault all pages in, from several threads: locking would do it from one."""
         data = self._bytes
+        assert data is not None  # not after `close`
 
         def touch(start: int) -> None:
             data[start : start + _STRIPE : mmap.PAGESIZE] = 0

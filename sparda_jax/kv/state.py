@@ -7,6 +7,7 @@ everything resident there is a slot per block, in order. Offloaded, there are R 
 `SlotPool` says which block stands in which.
 """
 
+import dataclasses
 import typing
 
 import jax
@@ -185,11 +186,12 @@ def append_tokens(
     slots = kv.slots.at[rows, heads, slot, 0, offset].set(k[:, 0], mode="drop")
     slots = slots.at[rows, heads, slot, 1, offset].set(v[:, 0], mode="drop")
     if importance is None:
-        return kv.replace(slots=slots)
+        return dataclasses.replace(kv, slots=slots)
+    assert kv.importance is not None  # it has room for what the model makes
     num_blocks = kv.importance.shape[2]
     own = jnp.where(positions >= 0, positions // block_size, num_blocks)[:, None]
     bias = kv.importance.at[rows, heads, own, offset].set(importance[:, 0], mode="drop")
-    return kv.replace(slots=slots, importance=bias)
+    return dataclasses.replace(kv, slots=slots, importance=bias)
 
 
 def insert_records(

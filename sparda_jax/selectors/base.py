@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
 from sparda_jax.rope import Rope
-from sparda_jax.shapes import Mode, Parity
+from sparda_jax.shapes import PARITIES, Mode, Parity
 
 Probe = Any
 """A pytree of arrays whose leading axes are [B T]: what a layer offers to rank blocks with."""
@@ -141,10 +141,12 @@ def resolve(
         parity: passed on to selectors made here.
 
     Raises:
-        ValueError: the mode or the name is unknown, or `dense` comes with a selector.
+        ValueError: mode, parity or name is unknown, or `dense` comes with a selector.
     """
     if mode not in ("dense", "sparse", "sparda"):
         raise ValueError(f"{mode=} must be 'dense', 'sparse' or 'sparda'")
+    if parity is not None and parity not in PARITIES:
+        raise ValueError(f"{parity=} must be None or one of {', '.join(PARITIES)}")
     if mode == "dense":
         if selector is not None:
             raise ValueError(f"mode='dense' reads every block, so {selector=} would never be asked")

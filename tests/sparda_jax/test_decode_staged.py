@@ -12,7 +12,6 @@ import pytest
 from sparda_jax.config import RopeConfig
 from sparda_jax.generate import generate
 from sparda_jax.kv import fetch_device_put
-from sparda_jax.kv.state import insert_records
 from sparda_jax.session import Session
 from sparda_jax.testing import tiny_config, tiny_model
 
@@ -218,4 +217,3 @@ def test_a_step_without_missing_blocks_moves_nothing(small, monkeypatch):
         for step in range(9):
             session.step(np.array([step]))
         assert session.traffic().hit_rate == 1.0
-    assert insert_records is not never

@@ -138,3 +138,8 @@ def test_the_readme_lists_every_selector():
     assert sorted(re.findall(r"^\| `(\w+)` \|", readme, flags=re.MULTILINE)) == list(
         selectors.names()
     )
+
+
+def test_an_unknown_parity_is_refused_by_name(no_shape_hook):
+    with pytest.raises(ValueError, match="parity='exact' must be None or one of reference, "):
+        selectors.resolve("sparse", tiny_config(), None, "exact")
