@@ -30,16 +30,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches, WeightedBatch
+from experiments.alignment import alignment_loss, choose_queries
+from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches
 from experiments.corpus import Document, cut_documents, load_packed
-from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.chunk import AttentionPath
+from sparda_jax.config import ModelConfig
 from sparda_jax.errors import CheckpointError
 from sparda_jax.evaluation.needles import make_needle_prompt, score_answers
 from sparda_jax.layers import ForecastParam
-from sparda_jax.model import AttentionPath, SpardaLM, forward
-from sparda_jax.pooling import LOWEST, pool_scores
-from sparda_jax.selection import block_mask, pinned_blocks, select_blocks
-from sparda_jax.selectors.query import score_by_queries, visible_cells
+from sparda_jax.model import SpardaLM, forward
 from sparda_jax.shapes import Mode
 from sparda_jax.shipped import load_shipped
 from sparda_jax.tokenizer import ByteTokenizer
@@ -256,7 +255,7 @@ def _train_phase(
                 state["moments"],
                 batch.tokens,
                 batch.loss_weights,
-                choose_queries(batch, phase, config.seed, step),
+                choose_queries(batch, phase.alignment_queries, config.seed, step),
                 np.float32(learning_rate(phase, step, steps)),
             )
             state["step"] = step + 1
@@ -354,88 +353,6 @@ def make_step(
         return params, moments, metrics | {"grad_norm": optax.tree.norm(gradient)}
 
     return step
-
-
-def choose_queries(
-    batch: WeightedBatch, phase: Phase, seed: int, step: int
-) -> Int[np.ndarray, "B Q"]:
-    """Pick queries for `alignment_loss`: half of them predict an answer, where there are any."""
-    rng = np.random.default_rng([seed, step, 77])
-    length = batch.tokens.shape[1]
-    rows = []
-    for weights in batch.loss_weights:
-        asking = np.flatnonzero(weights[1:] > 1.0)
-        count = phase.alignment_queries // 2 if len(asking) else 0
-        chosen = rng.choice(asking, count) if count else np.empty(0, np.int64)
-        others = rng.integers(length, size=phase.alignment_queries - count)
-        rows.append(np.concatenate([chosen, others]))
-    return np.stack(rows).astype(np.int32)
-
-
-def alignment_loss(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    pooled: Float[Array, "B C K H"],
-    queries: Int[Array, "B Q"],
-    sparse: SparseConfig,
-    sharpness: float,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Teach pooled keys to find what attention wants: KL(attention ‖ pooled scores) over blocks.
-
-    For some queries, the attention mass that full attention puts on each block that is not pinned
-    (no gradient), against the mass of the own-query rule on the cells of the block. Both are
-    normalised over those blocks; a row counts by the attention mass that it puts there, so rows
-    that look nowhere far weigh nothing. Choosing blocks has no gradient; this gives the keys one.
-
-    Args:
-        q: rotated queries of a layer.
-        k: rotated keys.
-        pooled: pooled keys.
-        queries: positions looked at.
-        sparse: the rule.
-        sharpness: multiplies the pooled logits.
-
-    Returns:
-        The mean divergence over rows and KV heads, and the share of the mass on free blocks that
-        the blocks chosen by the rule hold.
-    """
-    length, kv_heads = k.shape[1], k.shape[2]
-    blocks, cells = sparse.blocks(length), sparse.cells_per_block
-    asked = jax.vmap(lambda row, index: row[index])(q, queries)
-    grouped = asked.reshape(*asked.shape[:2], kv_heads, -1, asked.shape[-1])
-    logits = jnp.einsum(
-        "bqkgh,bskh->bqkgs",
-        jax.lax.stop_gradient(grouped),
-        jax.lax.stop_gradient(k),
-        preferred_element_type=jnp.float32,
-    ) * (q.shape[-1] ** -0.5)
-    past = jnp.arange(length)[None, None, :] <= queries[:, :, None]
-    mass = jax.nn.softmax(jnp.where(past[:, :, None, None, :], logits, LOWEST), axis=-1)
-    mass = jnp.mean(mass, axis=3)  # [B Q K S]
-    mass = jnp.pad(mass, ((0, 0),) * 3 + ((0, blocks * sparse.block_size - length),))
-    wanted = mass.reshape(*mass.shape[:3], blocks, sparse.block_size).sum(axis=-1)
-
-    visible = visible_cells(queries, pooled.shape[1], sparse)
-    ranks = jax.lax.stop_gradient(score_by_queries(asked, pooled, visible))
-    ranks = jnp.where(visible[:, :, None, :], ranks, LOWEST)
-    chosen = select_blocks(pool_scores(ranks, blocks, cells), queries, sparse).ids
-    found = score_by_queries(asked * jnp.asarray(sharpness, asked.dtype), pooled, visible)
-    found = found / grouped.shape[3]
-    found = jnp.pad(found, ((0, 0),) * 3 + ((0, blocks * cells - found.shape[-1]),))
-    found = found.reshape(*found.shape[:3], blocks, cells).sum(axis=-1)  # [B Q K M]
-
-    own = (queries // sparse.block_size)[:, :, None]
-    free = (jnp.arange(blocks)[None, None, :] <= own) & ~pinned_blocks(queries, blocks, sparse)
-    free = free[:, :, None, :]
-    wanted, found = jnp.where(free, wanted, 0.0), jnp.where(free, found, 0.0)
-    weight = jnp.sum(wanted, axis=-1)
-    wanted = wanted / jnp.maximum(weight, 1e-6)[..., None]
-    found = found / jnp.maximum(jnp.sum(found, axis=-1), 1e-6)[..., None]
-    divergence = jnp.sum(
-        wanted * (jnp.log(jnp.maximum(wanted, 1e-9)) - jnp.log(jnp.maximum(found, 1e-9))), axis=-1
-    )
-    held = jnp.sum(jnp.where(block_mask(chosen, blocks), wanted, 0.0), axis=-1) * weight
-    return jnp.mean(weight * divergence), jnp.sum(held) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
 def _mean_where(x: Float[Array, "B T"], chosen: Bool[Array, "B T"]) -> Float[Array, ""]:

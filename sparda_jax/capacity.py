@@ -22,7 +22,7 @@ from sparda_jax.shapes import Mode
 KVPlace = Literal["auto", "resident", "offload"]
 """Where K and V live: on the device, on the host, or on the device if they fit there."""
 
-Prompt = Sequence[int] | Int[np.ndarray, " S"]
+Prompt = Sequence[int] | Int[np.ndarray, "..."]
 """Token ids of one prompt, at least one."""
 
 _LOG = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def choose_place(
 
 def check_prompts(
     prompts: Sequence[Prompt], max_new_tokens: int, config: ModelConfig
-) -> list[Int[np.ndarray, " S"]]:
+) -> list[np.ndarray]:
     """Turn prompts into arrays, refusing what no model could run.
 
     Args:

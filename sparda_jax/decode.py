@@ -24,9 +24,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.attention import attend_records
+from sparda_jax.chunk import Plan, make_probes, targets_of
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import KVState, LayerKV, append_tokens
-from sparda_jax.model import DecoderLayer, Plan, SpardaLM, make_probes, targets_of
+from sparda_jax.model import DecoderLayer, SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts
 from sparda_jax.pooling import LOWEST
 from sparda_jax.rope import Rope, make_rope

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sparda_jax.chunk import Plan, targets_of
 from sparda_jax.decode import (
     Begun,
     Now,
@@ -32,7 +33,6 @@ from sparda_jax.kv.fetch_device_put import DevicePut, Fetched
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, insert_records, take_tail
-from sparda_jax.model import Plan, targets_of
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
 from sparda_jax.selectors import KeySummary, Probe
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.attention import block_records
-from sparda_jax.model import LayerCache, Plan, init_cache, run_chunk
+from sparda_jax.chunk import LayerCache, Plan, init_cache, run_chunk
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
 from sparda_jax.rope import make_rope
 from sparda_jax.shapes import NO_BLOCK

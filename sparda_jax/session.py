@@ -23,6 +23,7 @@ from sparda_jax.capacity import (
     full_kv_bytes,
     round_capacity,
 )
+from sparda_jax.chunk import Plan, make_plan
 from sparda_jax.decode import ResidentDecoder
 from sparda_jax.decode_staged import StagedDecoder
 from sparda_jax.errors import CapacityError
@@ -30,7 +31,7 @@ from sparda_jax.kv.fetch import resolve_fetch
 from sparda_jax.kv.host import HostKV, record_bytes
 from sparda_jax.kv.state import KVState, LayerKV, join_layers, seed_resident, seed_slots
 from sparda_jax.kv.traffic import Traffic
-from sparda_jax.model import Plan, SpardaLM, make_plan
+from sparda_jax.model import SpardaLM
 from sparda_jax.parts import cut
 from sparda_jax.prefill import Prefilled, chunk_tokens, prefill
 from sparda_jax.selectors import Selector, resolve

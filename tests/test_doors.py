@@ -24,6 +24,7 @@ LAYERS = (
     {"config", "shapes", "errors"},
     {"attention", "layers", "pooling", "rope", "selection"},
     {"selectors"},
+    {"chunk"},
     {"kv", "model"},
     {"prefill", "decode", "decode_staged"},
     {"batcher", "generate"},

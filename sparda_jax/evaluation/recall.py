@@ -17,7 +17,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from sparda_jax.model import LayerCache, SpardaLM, forward
+from sparda_jax.chunk import LayerCache
+from sparda_jax.model import SpardaLM, forward
 from sparda_jax.rope import Rope, make_rope
 from sparda_jax.selectors import Probe, Selector
 from sparda_jax.shapes import Mode

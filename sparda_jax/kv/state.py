@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.attention import block_bias, block_records
-from sparda_jax.model import LayerCache
+from sparda_jax.chunk import LayerCache
 from sparda_jax.selectors import KeySummary
 from sparda_jax.shapes import NO_BLOCK, NO_SLOT
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selectors: methods that rank the KV blocks of a layer, one file each, found by name."""
 
+from sparda_jax.selectors.base import Decoder as Decoder
 from sparda_jax.selectors.base import KeySummary as KeySummary
 from sparda_jax.selectors.base import Probe as Probe
 from sparda_jax.selectors.base import Selector as Selector

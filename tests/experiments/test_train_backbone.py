@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import alignment
 from experiments import train_backbone as backbone
 from experiments.backbone_data import Mixture, WeightedBatch
 from sparda_jax.errors import CheckpointError
@@ -59,7 +60,7 @@ def test_half_of_the_looked_at_queries_predict_an_answer():
     weights = np.ones((2, 64), np.float32)
     weights[0, 20:26] = 4.0
     batch = WeightedBatch(np.zeros((2, 64), np.int32), weights)
-    chosen = backbone.choose_queries(batch, phase(alignment_queries=16), 0, 3)
+    chosen = alignment.choose_queries(batch, 16, 0, 3)
     assert chosen.shape == (2, 16)
     assert set(chosen[0, :8].tolist()) <= set(range(19, 25))
     assert chosen.max() < 64
@@ -77,9 +78,9 @@ def _alignment(key, *, boost=None):
 
 def test_alignment_is_small_where_pooled_keys_find_the_wanted_block(key):
     q, k, pooled, at = _alignment(key, boost=3.0)
-    found, recall = backbone.alignment_loss(q, k, pooled, at, SPARSE, 1.0)
+    found, recall = alignment.alignment_loss(q, k, pooled, at, SPARSE, 1.0)
     wrong = jnp.roll(pooled, 20, axis=1)
-    missed, recall_missed = backbone.alignment_loss(q, k, wrong, at, SPARSE, 1.0)
+    missed, recall_missed = alignment.alignment_loss(q, k, wrong, at, SPARSE, 1.0)
     assert 0.0 <= float(found) < 0.5 * float(missed)
     assert float(recall_missed) < float(recall) <= 1.0 + 1e-6
 
@@ -87,7 +88,7 @@ def test_alignment_is_small_where_pooled_keys_find_the_wanted_block(key):
 def test_alignment_teaches_queries_and_pooled_keys_but_not_the_attention_it_copies(key):
     q, k, pooled, at = _alignment(key, boost=1.0)
     gradient = jax.grad(
-        lambda *args: backbone.alignment_loss(*args, at, SPARSE, 2.0)[0], argnums=(0, 1, 2)
+        lambda *args: alignment.alignment_loss(*args, at, SPARSE, 2.0)[0], argnums=(0, 1, 2)
     )(q, k, pooled)
     assert float(jnp.abs(gradient[1]).max()) == 0.0
     assert float(jnp.abs(gradient[0][0, 120]).max()) > 0.0

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from sparda_jax.attention import attend_dense, block_bias, block_records
+from sparda_jax.chunk import make_plan
 from sparda_jax.decode import attend_every_slot, choices_made_at, scores_early
-from sparda_jax.model import forward, make_plan
+from sparda_jax.model import forward
 from sparda_jax.selectors import ForecastSelector
 from sparda_jax.session import Session
 from sparda_jax.testing import assert_close_float32, tiny_config, tiny_model

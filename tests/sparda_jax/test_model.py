@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparda_jax.chunk import init_cache, make_plan, targets_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.layers import ForecastParam
-from sparda_jax.model import SpardaLM, forward, init_cache, make_plan, targets_of
+from sparda_jax.model import SpardaLM, forward
 from sparda_jax.selectors import RandomSelector
 from sparda_jax.shapes import NO_BLOCK
 from sparda_jax.testing import (

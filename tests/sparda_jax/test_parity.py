@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import sparda_jax
+from sparda_jax.chunk import make_plan
 from sparda_jax.config import SparseConfig
 from sparda_jax.decode import Begun, Now, finish_layer
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import LayerKV
-from sparda_jax.model import make_plan
 from sparda_jax.rope import make_rope
 from sparda_jax.session import Session
 from sparda_jax.shapes import Parity

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparda_jax.chunk import make_plan
 from sparda_jax.config import SparseConfig
-from sparda_jax.model import forward, make_plan
+from sparda_jax.model import forward
 from sparda_jax.parts import cut
 from sparda_jax.pooling import pooled_count
 from sparda_jax.prefill import _chunk_program, chunk_tokens, prefill

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparda_jax.chunk import LayerCache
 from sparda_jax.kv.state import (
     append_tokens,
     insert_records,
@@ -15,7 +16,6 @@ from sparda_jax.kv.state import (
     seed_slots,
     take_tail,
 )
-from sparda_jax.model import LayerCache
 
 BLOCK, BLOCKS = 4, 6
 LENGTHS = jnp.array([22, 9], jnp.int32)
