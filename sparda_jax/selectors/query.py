@@ -110,14 +110,17 @@ class QuerySelector(PooledKeys):
     def visible(
         self, positions: Int[Array, "B T"], lengths: Int[Array, " B"], count: int
     ) -> Bool[Array, "B T C"]:
-        """Mark the visible cells; in parity mode by the original's end rule for prefill.
+        """Mark the cells that lie in the past and are pooled; in parity mode by the original's rule.
+
+        A lookahead scores a layer before the newest key is pooled there: that cell is left out.
 
         There, n_vis(t) = min(C, ⌊(t − 15)/16⌉ + C − ⌊(S − 15)/16⌉), rounded towards zero, for the
         32/16 grid: at S mod 16 = 15 every query loses its newest cell. Decode is not affected.
         """
         sparse = self.config.sparse
         if self.parity is None or positions.shape[1] == 1:
-            return visible_cells(positions, count, sparse)
+            pooled = jnp.arange(count)[None, :] < pooled_count(lengths, sparse)[:, None]
+            return visible_cells(positions, count, sparse) & pooled[:, None, :]
         lag = sparse.pool_size - 1 - sparse.pool_stride
         held = pooled_count(lengths, sparse)[:, None]
         stride = jnp.int32(sparse.pool_stride)
