@@ -110,7 +110,7 @@ class QuerySelector(PooledKeys):
     def visible(
         self, positions: Int[Array, "B T"], lengths: Int[Array, " B"], count: int
     ) -> Bool[Array, "B T C"]:
-        """Mark the cells that lie in the past and are pooled; in parity mode by the original's rule.
+        """Mark the pooled cells of the past; in parity mode by the original's rule for prefill.
 
         A lookahead scores a layer before the newest key is pooled there: that cell is left out.
 
