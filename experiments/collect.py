@@ -109,13 +109,14 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Show four significant digits of a fraction, all of a whole number, lists without spaces."""
+    """Show four significant digits of a fraction, all of a whole number, shapes with ×."""
     if isinstance(value, float):
         text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     elif isinstance(value, list):
-        text = "×".join(map(str, value))
+        is_shape = all(isinstance(item, int) for item in value)
+        text = ("×" if is_shape else " ").join(map(_cell, value))
     elif isinstance(value, dict):
-        text = ", ".join(f"{name}={item}" for name, item in value.items())
+        text = ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
     else:
         text = str(value)
     return re.sub(r"\s+", " ", text).replace("|", "\\|")

@@ -396,6 +396,16 @@ def _in_float32(model: SpardaLM) -> SpardaLM:
     return nnx.merge(nnx.graphdef(wide), state)
 
 
+def _command(config: Config, settings: Mapping[str, Any]) -> str:
+    """Spell the command line that has these settings, leaving out defaults."""
+    words = ["python -m experiments.shipped_model"]
+    words += ["--corpus runs/corpus"] if config.corpus is not None else []
+    for field in dataclasses.fields(Config):
+        if field.name in settings and settings[field.name] != field.default:
+            words.append(f"--{field.name.replace('_', '-')} {settings[field.name]}")
+    return " ".join(words)
+
+
 def main(config: Config) -> Path:
     """Measure the shipped model and write the record.
 
@@ -410,9 +420,13 @@ def main(config: Config) -> Path:
     report["seconds"]["all"] = time.perf_counter() - begin
     settings: dict[str, Any] = {**dataclasses.asdict(config)}
     del settings["commit"], settings["out"], settings["weights"], settings["corpus"]
-    command = "python -m experiments.shipped_model --corpus runs/corpus"
     record = records.collect(
-        "shipped_model", command, settings, [report], commit=config.commit, devices=1
+        "shipped_model",
+        _command(config, settings),
+        settings,
+        [report],
+        commit=config.commit,
+        devices=1,
     )
     return records.write(record, config.out)
 
