@@ -57,7 +57,7 @@ def time_step(model: SpardaLM, tokens: np.ndarray, repeats: int) -> dict[str, fl
         has_metrics=False,
     )
     optimizer = OptimizerConfig()
-    step = make_step(plan, optimizer)
+    step: Any = make_step(plan, optimizer)
     state = init_state(heads_from(model), optimizer)
     batch = (jnp.asarray(tokens)[None, None], jnp.full((1, 1), len(tokens), jnp.int32))
     begun = time.perf_counter()
@@ -93,7 +93,7 @@ def main(config: Config) -> Path:
         row |= {f"device_{part}_bytes": size for part, size in result.device_kv_bytes.items()}
         rows.append(row | {"full_kv_bytes": result.full_kv_bytes})
         print(rows[-1], flush=True)
-    settings = dataclasses.asdict(config)
+    settings: dict[str, Any] = {**dataclasses.asdict(config)}
     del settings["commit"], settings["out"]
     settings["lengths"] = list(config.lengths)
     command = "python -m experiments.bench_scaling"
