@@ -22,7 +22,7 @@ from sparda_jax.chunk import AttentionPath, Observer, init_cache, make_plan, run
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.layers import MLP, RMSNorm, init_weight
 from sparda_jax.rope import make_rope
-from sparda_jax.selectors import Selector
+from sparda_jax.selectors import Selector, resolve
 from sparda_jax.shapes import NO_BLOCK, Mode, Parity
 
 
@@ -49,10 +49,15 @@ class SpardaLM(nnx.Module):
     Args:
         config: sizes, scalings, positions and the sparse rule.
         rngs: where initial weights come from.
+
+    Attributes:
+        selector: name of what ranks the blocks in the sparda mode where a call names none; `None`
+            is the Forecast.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.selector: str | None = None
         self.embed = init_weight(
             rngs.params(), (config.vocab_size, config.width), "VD", config.width, config.dtype
         )
@@ -89,6 +94,7 @@ class SpardaLM(nnx.Module):
         cls,
         path_or_id: str | pathlib.Path,
         *,
+        selector: str | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         mesh: jax.sharding.Mesh | None = None,
         sparse: SparseConfig | None = None,
@@ -98,11 +104,10 @@ class SpardaLM(nnx.Module):
     ) -> "SpardaLM":
         """Load a model from a Hugging Face folder or hub id: `sparda_jax.weights.load_pretrained`.
 
-        What ranks the blocks is no part of a model: `forward` and `generate` take it as `mode` and
-        `selector` with each call, and one loaded model serves them all.
-
         Args:
             path_or_id: a folder with config.json and safetensors, or a hub id `owner/name`.
+            selector: what ranks the blocks in the sparda mode of this model, by name, where a call
+                names none; `None` is the Forecast.
             dtype: of the parameters; `None` takes the checkpoint's.
             mesh: devices with an axis `model` to spread the parameters over; `None` puts all of
                 them on the default device.
@@ -114,11 +119,11 @@ class SpardaLM(nnx.Module):
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or another model's.
-            ValueError: a mesh without an axis `model`.
+            ValueError: a mesh without an axis `model`, or an unknown selector.
         """
         from sparda_jax.weights import load_pretrained
 
-        return load_pretrained(
+        model = load_pretrained(
             path_or_id,
             dtype=dtype,
             mesh=mesh,
@@ -127,6 +132,13 @@ class SpardaLM(nnx.Module):
             seed=seed,
             progress=progress,
         )
+        resolve("sparda", model.config, selector)
+        model.selector = selector
+        return model
+
+    def ranked_by(self, mode: Mode, selector: str | Selector | None) -> str | Selector | None:
+        """Settle who ranks the blocks: the call's selector, else the model's in the sparda mode."""
+        return self.selector if selector is None and mode == "sparda" else selector
 
     def save_pretrained(
         self,
@@ -245,7 +257,7 @@ def forward(
         mode,
         max_length=queries,
         shortest=0 if config.sparse.dense_below > 0 else None,
-        selector=selector,
+        selector=model.ranked_by(mode, selector),
         attention=attention,
         parity=parity,
         remat=remat,

@@ -110,7 +110,7 @@ class Session:
         free = free_device_bytes()
         self.place = choose_place(kv, mode, config, self.batch, self.capacity, free)
         self._rows = self._count_rows(prefill_rows, free)
-        self.plan = self._make_plan(mode, selector, parity)
+        self.plan = self._make_plan(mode, model.ranked_by(mode, selector), parity)
         self._prefill_plan = self.plan
         if prefill_selector is not None:
             chosen = resolve(mode, config, prefill_selector, parity)

@@ -166,6 +166,23 @@ def test_a_mesh_reaches_the_loader_through_the_method(saved):
         SpardaLM.from_pretrained(saved[1], mesh=mesh)
 
 
+def test_a_selector_given_at_loading_ranks_in_the_sparda_mode_only(saved):
+    folder = saved[1]
+    plain = SpardaLM.from_pretrained(folder, progress=None)
+    other = SpardaLM.from_pretrained(folder, selector="random", progress=None)
+    tokens = jnp.arange(96)[None] % 64
+    for mode, selector, given in (
+        ("sparda", None, "random"),
+        ("sparda", "forecast", "forecast"),
+        ("sparse", None, None),
+    ):
+        got = forward(other, tokens, mode=mode, selector=selector)
+        want = forward(plain, tokens, mode=mode, selector=given)
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="unknown selector 'nearest'; known: forecast"):
+        SpardaLM.from_pretrained(folder, selector="nearest", progress=None)
+
+
 def test_the_methods_have_the_arguments_and_defaults_of_the_functions():
     for method, function in (
         (SpardaLM.from_pretrained, load_pretrained),
