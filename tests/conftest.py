@@ -35,6 +35,9 @@ def pytest_configure(config):
         jax.config.update("jax_platforms", "cpu")
 
 
+collect_ignore_glob = ["golden/make_*.py"]  # they need torch, and are run by hand
+
+
 @pytest.fixture
 def key(request):
     """Give each test its own PRNG key, the same in every run."""
