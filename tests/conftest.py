@@ -16,6 +16,8 @@ _CHECKER = "beartype.beartype" if importlib.util.find_spec("beartype") else None
 if _CHECKER:
     jaxtyping.install_import_hook(["sparda_jax", "pallas_kernels"], _CHECKER)
 
+from pallas_kernels import _compat  # noqa: E402, must follow the hook
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -60,5 +62,7 @@ def golden():
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    """Keep trace counts from leaking into the next test."""
+    """Keep trace counts and the interpreter's memory from leaking into the next test."""
     chex.clear_trace_counter()
+    yield
+    _compat.reset_interpreter()
