@@ -52,6 +52,8 @@ class Mixture:
             predicted, so a value below 1 takes noise out of the gradient.
         bos_share: share of sequences, of any kind, that open with BOS: the model must read text
             with and without it.
+        needle_spacing: least and greatest mean distance, in bytes, between the needles and
+            questions of a sequence; its logarithm is uniform.
     """
 
     text: float = 0.35
@@ -62,6 +64,7 @@ class Mixture:
     answer_weight: float = 4.0
     new_value_weight: float = 1.0
     bos_share: float = 0.5
+    needle_spacing: tuple[float, float] = (100.0, 800.0)
 
     def __post_init__(self) -> None:
         if min(self.shares) < 0 or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
@@ -69,6 +72,9 @@ class Mixture:
                 f"the shares of a Mixture must be at least 0 and sum to 1, not {self.shares} with "
                 f"sum {sum(self.shares)}"
             )
+        least, greatest = self.needle_spacing
+        if not 0 < least <= greatest:
+            raise ValueError(f"{self.needle_spacing=} must hold 0 < least <= greatest, in bytes")
 
     @property
     def shares(self) -> tuple[float, float, float, float, float]:
@@ -195,12 +201,12 @@ def _make_text(
 def _make_needles(
     rng: np.random.Generator, corpus: PackedCorpus, seq_len: int, sequence: _Sequence
 ) -> None:
-    """Text with a needle or a question every 100 to 800 bytes, then a run of questions.
+    """Text with a needle or a question every `needle_spacing` bytes, then a run of questions.
 
     In the middle, half of the questions ask for one of all needles so far, the others for one of
     the last few. The run at the end asks for different ones in random order.
     """
-    events = max(2, int(seq_len / _log_uniform(rng, 100, 800)))
+    events = max(2, int(seq_len / _log_uniform(rng, *sequence.mixture.needle_spacing)))
     asks_at = rng.random(events) < rng.choice([0.2, 0.5, 0.7])
     asks_at[0] = False
     number = int(np.count_nonzero(~asks_at))

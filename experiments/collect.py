@@ -3,9 +3,10 @@
 """From `results/*.json` to markdown tables, printed and put between the markers of a README."""
 
 import dataclasses
+import importlib.util
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import records
@@ -16,6 +17,12 @@ START = "<!-- results: written by python -m experiments.collect -->"
 END = "<!-- results: end -->"
 """The line before which they end."""
 
+KERNEL_HEADER = ("op", "shape", "implementation", "ms", "p10 to p90", "rate", "share", "status")
+"""The columns of a table of kernels."""
+
+BACKENDS = ("mosaic_gpu", "triton")
+"""The files of an op folder that hold a kernel."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -24,17 +31,20 @@ class Config:
     Attributes:
         results: folder of the records.
         readme: file whose text between the markers is replaced; left alone if it does not exist.
+        kernels_readme: the same for a table of the kernels, in the folder of the ops; `None` is
+            `pallas_kernels/README.md` beside the folder of `readme`.
     """
 
     results: pathlib.Path = records.RESULTS
     readme: pathlib.Path = records.ROOT / "experiments" / "README.md"
+    kernels_readme: pathlib.Path | None = None
 
 
 def main(config: Config) -> str:
-    """Print a table per record and rewrite the tables of the README.
+    """Print a table per record and rewrite the tables of the READMEs.
 
     Args:
-        config: folder and README.
+        config: folder and READMEs.
 
     Returns:
         the markdown that was printed.
@@ -42,13 +52,18 @@ def main(config: Config) -> str:
     Raises:
         ValueError: if a record is invalid, or the README lacks one of the markers.
     """
-    markdown = "\n".join(
-        table(records.read(path)) for path in sorted(config.results.glob("*.json"))
-    )
+    found = [records.read(path) for path in sorted(config.results.glob("*.json"))]
+    markdown = "\n".join(map(table, found))
     print(markdown)
-    if config.readme.exists():
-        text = config.readme.read_text(encoding="utf-8")
-        config.readme.write_text(insert(text, markdown), encoding="utf-8")
+    kernels_readme = config.kernels_readme
+    if kernels_readme is None:
+        kernels_readme = config.readme.parent.parent / "pallas_kernels" / "README.md"
+    measured = [record for record in found if record.experiment == "bench_kernels"]
+    kernels = kernel_tables(measured, kernels_readme.parent)
+    for readme, content in ((config.readme, markdown), (kernels_readme, kernels)):
+        if readme.exists():
+            text = readme.read_text(encoding="utf-8")
+            readme.write_text(insert(text, content), encoding="utf-8")
     return markdown
 
 
@@ -102,6 +117,93 @@ def insert(text: str, markdown: str) -> str:
     before, rest = text.split(START)
     _, after = rest.split(END)
     return f"{before}{START}\n\n{markdown}\n{END}{after}"
+
+
+def kernel_tables(measured: Sequence[records.Record], folder: pathlib.Path) -> str:
+    """Lay out what was measured of each op and backend, and name those that were not.
+
+    Variants of tiles stay in the record. A row of an earlier run names its commit.
+
+    Args:
+        measured: records of `bench_kernels`, one a device.
+        folder: of the op folders.
+
+    Returns:
+        markdown that ends with a newline.
+    """
+    parts = []
+    for record in measured:
+        rows = [row for row in record.rows if "[" not in row["implementation"]]
+        parts += [
+            f"### {record.device}",
+            "",
+            f"jax {record.versions['jax']}; commit {record.commit[:8]}; {record.date}.",
+            "",
+            *_markdown(KERNEL_HEADER, [(*kernel_cells(row)[:-1], _origin(row)) for row in rows]),
+            "",
+        ]
+    seen = {(row["op"], row["implementation"]) for record in measured for row in record.rows}
+    missing = [
+        (op.parent.name, backend)
+        for op in sorted(folder.glob("*/reference.py"))
+        for backend in (*BACKENDS, "reference")
+        if (op.parent / f"{backend}.py").exists() and (op.parent.name, backend) not in seen
+    ]
+    if missing:
+        parts += ["### Not measured yet", "", *_markdown(("op", "implementation"), missing), ""]
+    return "\n".join(parts[:-1]) + "\n" if parts else "Nothing is measured yet.\n"
+
+
+def kernel_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Show a row of `bench_kernels` in the columns of `KERNEL_HEADER`, with units.
+
+    Example:
+        >>> row = {"op": "f", "shape": "B1", "implementation": "triton"}
+        >>> kernel_cells(row | {"status": "hung", "error": "no result in 9 s"})[-1]
+        'hung: no result in 9 s'
+    """
+    names = (row["op"], row["shape"], row["implementation"])
+    status = row["status"] + (f": {row['error']}" if "error" in row else "")
+    if "ms" not in row:
+        return (*names, "", "", "", "", status)
+    unit, scale = ("TFLOP/s", 1e12) if row["bound"] == "matmul" else ("GB/s", 1e9)
+    spread = f"{row['p10_ms']:.4g} to {row['p90_ms']:.4g}" if "p10_ms" in row else ""
+    rate = f"{row['rate'] / scale:.4g} {unit}"
+    return (*names, f"{row['ms']:.4g}", spread, rate, f"{row['share']:.1%}", status)
+
+
+def print_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of `bench_kernels`: with rich where it is installed, else in plain columns.
+
+    Args:
+        rows: as `kernel_cells` takes them.
+    """
+    lines = [kernel_cells(row) for row in rows]
+    if importlib.util.find_spec("rich") is None:
+        widths = [max(map(len, column)) for column in zip(KERNEL_HEADER, *lines, strict=True)]
+        for line in (KERNEL_HEADER, *lines):
+            print("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    layout = Table(title="kernels", title_justify="left")
+    for place, name in enumerate(KERNEL_HEADER):
+        layout.add_column(name, justify="right" if 3 <= place <= 6 else "left", overflow="fold")
+    for line in lines:
+        layout.add_row(*map(Text, line))  # as text: a variant's brackets are no markup
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(layout)
+
+
+def _origin(row: Mapping[str, Any]) -> str:
+    """Give a row's status, with the commit where it is not that of the record's head."""
+    return f"{row['status']} ({row['commit'][:8]})" if "commit" in row else row["status"]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(header), _line(["---"] * len(header)), *(_line([*map(_cell, r)]) for r in rows)]
 
 
 def _line(cells: Sequence[str]) -> str:

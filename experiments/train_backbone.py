@@ -50,6 +50,15 @@ BACKBONE_MIXTURE = Mixture(new_value_weight=0.2)
 RETRIEVAL_MIXTURE = Mixture(
     text=0.25, needles=0.55, recall=0.1, tracing=0.03, copies=0.07, new_value_weight=0.2
 )
+FAR_MIXTURE = Mixture(
+    text=0.22,
+    needles=0.6,
+    recall=0.08,
+    tracing=0.03,
+    copies=0.07,
+    new_value_weight=0.2,
+    needle_spacing=(150.0, 1500.0),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparda_jax.errors import DataError
+from sparda_jax.tokenizer import read_json, special_tokens
 
 type Message = Mapping[str, Any]
 """`role` (`system`, `user` or `assistant`), `content`, and whatever else a template reads."""
@@ -89,7 +90,7 @@ class ChatTemplate:
             DataError: the folder has no chat template, or an unreadable one.
         """
         folder = Path(folder)
-        config = _read_config(folder / _CONFIG)
+        config = read_json(folder / _CONFIG)
         if (folder / _FILE).is_file():
             source = (folder / _FILE).read_text(encoding="utf-8")
         else:
@@ -107,11 +108,7 @@ class ChatTemplate:
                 f"{folder.name!r} has no chat template: 0 of 2 places hold one ({_FILE}, "
                 f"'chat_template' of {_CONFIG}); add it, or give the model plain text"
             )
-        tokens = {}
-        for name, token in config.items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(text, str):
-                tokens[name] = text
+        tokens = special_tokens(config)
         return cls(source, special_tokens=tokens, adds_bos=config.get("add_bos_token") is True)
 
     def render(
@@ -154,18 +151,3 @@ _GLOBALS = {"raise_exception": _refuse, "strftime_now": _now}
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
     """Write JSON as it is: Jinja's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The object in tokenizer_config.json; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"{path.name!r} ({path.stat().st_size} bytes) is not JSON: {error}; fetch it again"
-        ) from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path.name!r} must hold 1 JSON object, not a {type(config).__name__}")
-    return config

@@ -42,15 +42,20 @@ def base_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     over `original_max_positions`: `llama3` ramps linearly in the number of turns, from `slow_turns`
     to `fast_turns`; `yarn` linearly in i, between the dimensions that turn once and 32 times.
 
+    Every step is rounded to f32, the power before its reciprocal: so plain, LongRoPE's and YaRN's
+    frequencies are the PyTorch original's bit for bit. The last bit of one is an angle of up to
+    0.008 at token 131072.
+
     References:
         YaRN, arXiv:2309.00071, section 3.2; Llama 3, arXiv:2407.21783, whose checkpoints state the
         ramp in config.json; linear: Position Interpolation, arXiv:2306.15595.
     """
     half = head_dim // 2
-    inverse = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
-    slowed = np.zeros(half)
+    power = rope.theta ** (np.arange(half, dtype=np.float64) / half)
+    inverse = np.float32(1.0) / power.astype(np.float32)
+    slowed = np.zeros(half, np.float32)
     if rope.kind == "linear":
-        slowed = np.ones(half)
+        slowed = np.ones(half, np.float32)
     elif rope.kind == "llama3":
         turns = rope.original_max_positions * inverse / (2 * math.pi)
         slowed = np.clip((rope.fast_turns - turns) / (rope.fast_turns - rope.slow_turns), 0.0, 1.0)
@@ -62,9 +67,9 @@ def base_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
         low = max(math.floor(dimension(32.0)), 0)
         high = min(math.ceil(dimension(1.0)), head_dim - 1)
-        slowed = np.clip((np.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
-    inverse = inverse / rope.factor * slowed + inverse * (1.0 - slowed)
-    return inverse.astype(np.float32)
+        ramp = (np.arange(half, dtype=np.float32) - low) / max(high - low, 0.001)
+        slowed = np.clip(ramp, 0.0, 1.0)
+    return inverse / rope.factor * slowed + inverse * (1.0 - slowed)
 
 
 def make_rope(
@@ -73,7 +78,7 @@ def make_rope(
     positions: Int[Array, "B T"],
     reach: Int[Array, " B"],
 ) -> Rope:
-    """Make the rotations of `positions`: angle(p, i) = p / factor_i · θ^(−2i/H).
+    """Make the rotations of `positions`: angle(p, i) = p · (1 / factor_i) · θ^(−2i/H), in f32.
 
     LongRoPE takes its long factors for a sequence with `reach > original_max_positions`, at all
     of its positions and in all layers.
@@ -94,12 +99,12 @@ def make_rope(
     inverse = jnp.asarray(base_frequencies(rope, head_dim))[None, None, :]  # [1 1 H/2]
     at = positions[:, :, None].astype(jnp.float32)  # [B T 1]
     if rope.kind == "longrope":
-        factors = jnp.where(
-            (reach > rope.original_max_positions)[:, None],
-            jnp.asarray(rope.long_factor, jnp.float32)[None, :],
-            jnp.asarray(rope.short_factor, jnp.float32)[None, :],
+        is_long = (reach > rope.original_max_positions)[:, None]
+        long, short = (
+            np.float32(1.0) / np.asarray(factors, np.float32)[None, :]
+            for factors in (rope.long_factor, rope.short_factor)
         )
-        at = at / factors[:, None, :]
+        at = at * jnp.where(is_long, long, short)[:, None, :]
     angle = at * inverse
     scale = rope.attention_factor
     return Rope(positions=positions, cos=jnp.cos(angle) * scale, sin=jnp.sin(angle) * scale)

@@ -8,7 +8,7 @@ text through `StreamDecoder`, which never shows half a character.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -142,8 +142,8 @@ class HuggingFaceTokenizer:
                 "it again"
             ) from error
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        names = _read_json(file.parent / "tokenizer_config.json")
-        ids = _read_json(file.parent / "config.json")
+        names = special_tokens(read_json(file.parent / "tokenizer_config.json"))
+        ids = read_json(file.parent / "config.json")
         bos, eos, separator = (self._special_ids(role, names, ids) for role in _SPECIAL_ROLES)
         self.eos_ids = eos
         self.bos_id = bos[0] if bos else None
@@ -163,13 +163,11 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
     def _special_ids(
-        self, role: str, names: dict[str, Any], ids: dict[str, Any]
+        self, role: str, names: dict[str, str], ids: dict[str, Any]
     ) -> tuple[int, ...]:
         """All ids of a role, that of its named token first; empty if the model has none."""
         found: list[int] = []
         token = names.get(f"{role}_token")
-        if isinstance(token, dict):
-            token = token["content"]
         if token is not None:
             token_id = self._tokenizer.token_to_id(token)
             if token_id is None:
@@ -235,20 +233,12 @@ class StreamDecoder:
         return self._tokenizer.decode(self._ids[self._context :])[len(context) :]
 
 
-def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """The ids as plain integers, each in range."""
-    values = [int(token) for token in ids]
-    for token in values:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"id {token} must be at least 0 and below {vocab_size=}; decode with the "
-                "tokenizer that made the ids"
-            )
-    return values
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; an empty one if there is no such file.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if there is no such file."""
+    Raises:
+        DataError: the file is not JSON, or holds something else than an object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -260,3 +250,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path.name!r} must hold 1 JSON object, not a {type(content).__name__}")
     return content
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Find the special tokens that a `tokenizer_config.json` names: `bos_token` and its text.
+
+    A token is written as its text, or as an object with the text under `content`.
+
+    Example:
+        >>> special_tokens({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+        {'bos_token': '<s>', 'eos_token': '</s>'}
+        >>> special_tokens({"sep_token": None, "add_bos_token": True})
+        {}
+    """
+    texts = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in config.items()
+        if name.endswith("_token")
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """The ids as plain integers, each in range."""
+    values = [int(token) for token in ids]
+    for token in values:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"id {token} must be at least 0 and below {vocab_size=}; decode with the "
+                "tokenizer that made the ids"
+            )
+    return values

@@ -3,21 +3,31 @@
 """All K and V of a batch, as records in host memory.
 
 A record is K and V of one block and one KV head, contiguous, so that one missing block is one
-piece to move. Each layer has one array of records. On a CUDA device the memory is page-locked.
+piece to move. Each layer has one array of records, all layers lie in one piece of memory. On a CUDA
+device it is page-locked, and kernels read and write it as a device array.
+
+Five rules, each with a test:
+
+1. What `operand` gives is an operand of our kernels and of `jnp.take`, nothing else: not donated,
+   not returned, not closed over, not computed with, not reshaped beyond a bitcast.
+2. `HostKV` outlives its operands: `close` deletes them and waits for programs that hold them.
+   Leaving the `with`, an exception, Ctrl-C and the interpreter's exit close it too.
+3. A kernel that writes returns a receipt, and whatever reads later takes it as an operand.
+4. A page lock that fails gives a reason, with size, limit and what to try.
+5. On a CPU, `jax.device_put` may alias this memory: `fetch_device_put` copies.
 """
 
-import atexit
-import weakref
+import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
-from sparda_jax.errors import BackendError, CapacityError
-from sparda_jax.kv.page_lock import HostBuffer, PageLock, available_host_bytes
-
-_OPEN: "weakref.WeakSet[HostKV]" = weakref.WeakSet()
+from sparda_jax.errors import BackendError
+from sparda_jax.kv.device_view import ALIGNMENT
+from sparda_jax.kv.host_pool import HostPool, Loan
+from sparda_jax.kv.page_lock import PageLock
 
 
 def record_bytes(config: ModelConfig) -> int:
@@ -28,66 +38,101 @@ def record_bytes(config: ModelConfig) -> int:
 class HostKV:
     """Every K and V of a batch as records in host memory; a context manager.
 
+    Records that were never written hold zeros in memory of its own; in a pool's, what a request
+    before left there.
+
     Args:
         config: of the model.
         batch: B.
         capacity: tokens of room for each sequence.
-        page_lock: whether to page-lock the memory.
+        page_lock: whether to page-lock the memory; a pool has settled it already.
+        pool: lends the memory; without it, memory is allocated and freed again by `close`.
 
     Attributes:
-        unlocked_reason: why the memory is not page-locked; `None` if it is.
+        nbytes: of all records.
 
     Raises:
-        CapacityError: the records exceed the host memory that is available.
+        CapacityError: the records exceed the host memory that is available, or the pool.
         BackendError: `page_lock="require"` and the memory cannot be locked.
 
     Example:
         >>> from sparda_jax.testing import tiny_config
         >>> with HostKV(tiny_config(), batch=2, capacity=64) as host:
-        ...     host.view(0).shape
-        (2, 2, 8, 2, 8, 8)
+        ...     host.view(0).shape, host.operand(0).shape
+        ((2, 2, 8, 2, 8, 8), (2, 2, 8, 2, 8, 8))
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, *, page_lock: PageLock = "auto"
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        page_lock: PageLock = "auto",
+        pool: HostPool | None = None,
     ) -> None:
         blocks = config.sparse.blocks(capacity)
         size = (2, config.sparse.block_size, config.head_dim)
+        self._layers = config.layers
         self._shape = (batch, config.kv_heads, blocks, *size)
         self._dtype = jnp.dtype(config.dtype)
-        layer_bytes = batch * config.kv_heads * blocks * record_bytes(config)
+        layer_bytes = math.prod(self._shape) * self._dtype.itemsize
         self.nbytes = config.layers * layer_bytes
-        available = available_host_bytes()
-        if available is not None and self.nbytes > available:
-            raise CapacityError(
-                f"offloaded KV needs {self.nbytes} bytes of host memory, but {available} are "
-                "available; take fewer or shorter prompts"
-            )
-        self._buffers: list[HostBuffer] = []
-        try:
-            for _ in range(config.layers):
-                self._buffers.append(HostBuffer(layer_bytes, page_lock=page_lock))
-        except BaseException:
-            self.close()
-            raise
-        reasons = [buffer.unlocked_reason for buffer in self._buffers]
-        self.unlocked_reason = next((reason for reason in reasons if reason), None)
-        _OPEN.add(self)
+        self._stride = -(-layer_bytes // ALIGNMENT) * ALIGNMENT
+        lender = HostPool(page_lock=page_lock) if pool is None else pool
+        self._own_pool = lender if pool is None else None
+        self._operands: dict[int, Array] = {}
+        self._loan: Loan = lender.lend(config.layers * self._stride)
 
     @property
     def is_closed(self) -> bool:
         """Tell whether the memory is gone."""
-        return not self._buffers
+        return self._loan.is_closed
+
+    @property
+    def unlocked_reason(self) -> str | None:
+        """Say why the memory is not page-locked; `None` if it is."""
+        return self._loan.unlocked_reason
+
+    def _offset(self, layer: int) -> int:
+        if self.is_closed:
+            raise BackendError(f"the host records of layer {layer} are closed; open a new HostKV")
+        if not 0 <= layer < self._layers:
+            raise ValueError(f"{layer=} must be one of the {self._layers} layers")
+        return layer * self._stride
 
     def view(self, layer: int) -> Float[np.ndarray, "B K M 2 W H"]:
         """Give the records of a layer to NumPy; not to be used after `close`.
 
+        Args:
+            layer: which layer.
+
         Raises:
             BackendError: the memory is closed.
+            ValueError: there is no such layer.
         """
-        if self.is_closed:
-            raise BackendError(f"the host records of layer {layer} are closed; open a new HostKV")
-        return self._buffers[layer].array(self._shape, self._dtype)
+        return self._loan.array(self._shape, self._dtype, offset=self._offset(layer))
+
+    def operand(self, layer: int) -> Float[Array, "B K M 2 W H"]:
+        """Give the same bytes to kernels, as an array of the default device: always the same one.
+
+        On CUDA a kernel may write into it, and `view` shows that once the kernel's receipt has
+        arrived. On a CPU it stands in for that: a program reads what `view` held when it was
+        called, but nothing can write there, so a step returns what it finished and `write` stores
+        it between steps, when no program runs that reads it.
+
+        Args:
+            layer: which layer.
+
+        Raises:
+            BackendError: the memory is closed, or the device cannot see it; the message says why.
+            ValueError: there is no such layer.
+        """
+        offset = self._offset(layer)
+        if layer not in self._operands:
+            found = self._loan.device_array(self._shape, self._dtype, offset=offset)
+            self._operands[layer] = found
+        return self._operands[layer]
 
     def write_range(
         self,
@@ -125,21 +170,17 @@ class HostKV:
         self.view(layer)[rows, :, blocks] = records
 
     def close(self) -> None:
-        """Unlock and free; every view dies with it. Again does nothing."""
-        for buffer in self._buffers:
-            buffer.close()
-        self._buffers = []
-        _OPEN.discard(self)
+        """Delete the operands, wait for programs that hold them, unlock and free; once.
+
+        Every view dies with it.
+        """
+        self._operands = {}
+        self._loan.close()
+        if self._own_pool is not None:
+            self._own_pool.close()
 
     def __enter__(self) -> "HostKV":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@atexit.register
-def close_forgotten() -> None:
-    """Close what a program left open: locked pages must not outlive the driver."""
-    for host in list(_OPEN):
-        host.close()

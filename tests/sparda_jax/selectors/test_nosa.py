@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """NOSA's two steps against loops, and what it refuses."""
 
-import dataclasses
 import functools
 import re
 
@@ -17,32 +16,11 @@ from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.selection import select_blocks
 from sparda_jax.selectors import ForecastSelector, NosaSelector, QuerySelector
 from sparda_jax.testing import tiny_config
+from sparda_jax.training.layer import GivenScores
 from tests import oracles
 
 QUERIES, BLOCKS, W = 4, 10, 4
 TOKENS = BLOCKS * W
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenScores:
-    """A selector whose probe is the scores themselves, and that keeps no summary."""
-
-    config: ModelConfig
-
-    def source(self, layer):
-        raise NotImplementedError
-
-    def init_summary(self, batch, capacity, dtype):
-        return jnp.zeros((batch, 0))
-
-    def extend_summary(self, summary, k, positions, importance=None):
-        return summary
-
-    def probe(self, model, layer, target, x, q, rope):
-        raise NotImplementedError
-
-    def score_blocks(self, probe, summary, positions, lengths, num_blocks):
-        return probe
 
 
 def rule(ratio, sink, local, query, rest):

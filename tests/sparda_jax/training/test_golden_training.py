@@ -3,6 +3,7 @@
 """Training against the original: teacher, routing, KL, gradients, and weights after three steps."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,7 +17,7 @@ from sparda_jax.training.layer import LayerPlan, label_layer, selector_of
 from sparda_jax.training.state import OptimizerConfig, heads_from, init_state
 from sparda_jax.training.step import divide_totals, make_step, project_forecast, walk_layers
 from sparda_jax.training.teacher import align_mass, fine_keys, fine_mass, teacher_cells
-from tests.sparda_jax.golden_models import golden_model
+from tests.sparda_jax.golden_models import golden_model, round_lowered
 
 pytestmark = pytest.mark.parity
 LENGTH = 704
@@ -95,25 +96,43 @@ def test_three_steps_of_adamw_end_at_the_originals_weights(golden, name, size, s
     assert int(state.step) == 3
 
 
-@pytest.mark.slow
-def test_rounded_scores_route_as_the_original_does_and_leave_the_loss_alone(golden):
-    for size, stride in ((2, 1), (32, 16)):
-        z = np.load(golden / "minicpm" / f"train_L{LENGTH}_k{size}s{stride}.npz")
-        model = golden_model("minicpm", teacher_pool_size=size, teacher_pool_stride=stride)
-        plan = LayerPlan(
-            config=model.config,
-            parity="reference_bf16_scores",
-            has_metrics=False,
-            has_gradient=False,
-        )
-        (_, metrics), seen = walk(plan, model, jnp.asarray(z["batches"][:1].astype(np.int32)))
-        for layer, (_, labels) in enumerate(seen[:-1]):
-            ids = np.asarray(labels.ids)[0].transpose(1, 0, 2)
-            assert share_of_rows(ids, z["bf16cast.routing_block_ids"][layer]) <= 1e-3
-        wanted = z["bf16cast.kl_per_layer"][0]
-        np.testing.assert_allclose(metrics.kl[:-1], wanted[:-1], rtol=1e-4)
-        # One row of layer 3 sits on a rounding boundary; it moves the mean by its own share.
-        np.testing.assert_allclose(metrics.kl, wanted, rtol=3e-4)
+def walk_rounded(z, size, stride):
+    """Walk the first sequence with rounded scores: ids [L][K T J], KL rows [L][T K] and means."""
+    model = golden_model("minicpm", teacher_pool_size=size, teacher_pool_stride=stride)
+    plan = LayerPlan(
+        config=model.config,
+        parity="reference_bf16_scores",
+        has_metrics=False,
+        has_gradient=False,
+    )
+    (_, metrics), seen = walk(plan, model, jnp.asarray(z["batches"][:1].astype(np.int32)))
+    labels = [labels for _, labels in seen[:-1]]
+    ids = np.stack([np.asarray(each.ids)[0].transpose(1, 0, 2) for each in labels])
+    return ids, np.stack([np.asarray(each.kl)[0] for each in labels]), np.asarray(metrics.kl)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(2, 1), (32, 16)])
+def test_rounded_scores_route_as_the_original_does_and_leave_the_loss_alone(
+    golden, monkeypatch, size, stride
+):
+    z = np.load(golden / "minicpm" / f"train_L{LENGTH}_k{size}s{stride}.npz")
+    ids, rows, means = walk_rounded(z, size, stride)
+    wanted = z["bf16cast.routing_block_ids"]
+    if size == 2:
+        # Block 3 of one row in the last layer scores 1e-6 below a border between two bf16 numbers
+        # by float64, and 1e-5 above it by ours: float32 leaves 4e-6 (RMS) there, in the original
+        # 3e-6. That row takes another block, and its KL moves.
+        differ = np.argwhere((ids != wanted).any(-1)).tolist()
+        assert differ in ([], [[3, 1, 667]])
+        np.testing.assert_allclose(means[:3], z["bf16cast.kl_per_layer"][0, :3], rtol=1e-4)
+        given = rows
+        lowered = functools.partial(round_lowered, share=2.0**-15)
+        monkeypatch.setattr("sparda_jax.training.layer.round_scores", lowered)
+        ids, rows, means = walk_rounded(z, size, stride)
+        given[3, 667, 1] = rows[3, 667, 1]
+        np.testing.assert_allclose(given, rows, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(ids, wanted)
+    np.testing.assert_allclose(means, z["bf16cast.kl_per_layer"][0], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of `block_scores`, and what it has to move and compute."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._roofline import Work
+
+DECODE_QUERIES = 16
+"""Fewer queries than this a sequence are scored one by one: a tensor core takes 16 rows."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How the work is cut.
+
+    Attributes:
+        tile_q: queries of a program. 1 is the kernel for decode, on the plain ALUs; 16 or more is
+            the one for prefill, on the tensor cores.
+        tile_m: blocks of a step.
+        span: steps of a prefill program, which walks `span · tile_m` blocks.
+        num_warps: warps of a program.
+        num_stages: steps whose loads are in flight in prefill; decode has one step.
+    """
+
+    tile_q: int
+    tile_m: int
+    span: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        """Check what Triton demands.
+
+        Raises:
+            ValueError: a size is not a power of two, or too small for a tensor core.
+        """
+        for name in ("tile_q", "tile_m", "num_warps"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}={size} must be a power of two, at least 1")
+        if self.tile_q > 1 and min(self.tile_q, self.tile_m) < 16:
+            raise ValueError(f"{self.tile_q=} and {self.tile_m=} must be at least 16 if tile_q > 1")
+        if self.span < 1 or self.num_stages < 1:
+            raise ValueError(f"{self.span=} and {self.num_stages=} must be at least 1")
+
+    @classmethod
+    def default(cls, queries: int, dtype: jax.typing.DTypeLike) -> Self:
+        """Choose tiles for `queries` queries a sequence of forecasts of `dtype`.
+
+        Example:
+            >>> Tiles.default(1, jnp.bfloat16).tile_q, Tiles.default(4096, jnp.bfloat16).tile_q
+            (1, 128)
+        """
+        if queries < DECODE_QUERIES:
+            return cls(tile_q=1, tile_m=16, num_warps=4)
+        if jnp.dtype(dtype).itemsize > 2:  # exact f32 products, on the plain ALUs
+            return cls(tile_q=32, tile_m=32, span=8, num_warps=4, num_stages=1)
+        return cls(tile_q=128, tile_m=32, span=16, num_warps=4, num_stages=2)
+
+
+def work(
+    *,
+    batch: int,
+    queries: int,
+    cells: int,
+    kv_heads: int,
+    head_dim: int,
+    num_blocks: int,
+    itemsize: int,
+    pairs: int | None = None,
+) -> Work:
+    """Count the least that the op must do: every operand read once, every score written once.
+
+    Args:
+        batch: B.
+        queries: T.
+        cells: C, pooled keys that are visible to somebody.
+        kv_heads: K.
+        head_dim: H.
+        num_blocks: M.
+        itemsize: bytes of an element of forecast and pooled keys.
+        pairs: visible (query, pooled key) pairs of one KV head, summed over the batch; `None` for
+            all of them. In causal prefill about half of B·T·C.
+
+    Example:
+        >>> sizes = dict(cells=8191, kv_heads=2, head_dim=128, num_blocks=2048, itemsize=2)
+        >>> work(batch=16, queries=1, **sizes).bytes
+        67371008
+    """
+    pairs = batch * queries * cells if pairs is None else pairs
+    keys = batch * cells * kv_heads * head_dim * itemsize
+    forecasts = batch * queries * kv_heads * head_dim * itemsize
+    scores = batch * queries * kv_heads * num_blocks * 4
+    return Work(
+        bytes=keys + forecasts + scores,
+        flops=2 * pairs * kv_heads * head_dim,
+        ceiling="copy" if queries < DECODE_QUERIES else "matmul",
+    )
