@@ -172,7 +172,7 @@ def _dot(rows, keys):
         rows,
         keys,
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
+        precision=lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if exact else None,
         preferred_element_type=jnp.float32,
     )
 
@@ -219,7 +219,7 @@ def block_scores(
         )
         grid = (kv_heads, steps, batch * queries)
     else:
-        channels = min(dim, EXACT_CHANNELS) if forecast.dtype == jnp.float32 else dim
+        channels = dim
         kernel = functools.partial(
             _prefill_kernel,
             tiles=tiles,

@@ -94,7 +94,8 @@ def gather_blocks(
     """
     check_moves(records, slots, source, places, count)
     if tiles is None:
-        tiles = Tiles.default(*records.shape[2:], records.dtype.itemsize)
+        _, _, block_size, head_dim = records.shape
+        tiles = Tiles.default(block_size, head_dim, records.dtype.itemsize)
     chosen = _backend.resolve(
         "gather_blocks",
         implementation,

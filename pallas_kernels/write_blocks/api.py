@@ -62,7 +62,8 @@ def write_blocks(
     """
     check_moves(slots, records, source, places, count)
     if tiles is None:
-        tiles = Tiles.default(*records.shape[2:], records.dtype.itemsize)
+        _, _, block_size, head_dim = records.shape
+        tiles = Tiles.default(block_size, head_dim, records.dtype.itemsize)
     chosen = _backend.resolve(
         "write_blocks",
         implementation,

@@ -18,6 +18,8 @@ The interpreter cannot change an operand in place; there the records are a mutab
 is the same.
 """
 
+import functools
+
 import jax
 from jaxtyping import Array, Int32, Num
 
@@ -49,19 +51,13 @@ def write_blocks(
         tiles: how they are moved.
         interpret: whether to run in the interpreter.
     """
-    pieces = cut(records, tiles.parts)
-    target = jax.new_ref(pieces) if interpret else pieces
-    receipt = move_records(
-        cut(slots, tiles.parts),
-        target,
-        source,
-        places,
-        count,
-        has_receipt=True,
-        tiles=tiles,
-        name="write_blocks",
-        interpret=interpret,
+    moves, pieces = (source, places, count), cut(records, tiles.parts)
+    pump = functools.partial(
+        move_records, has_receipt=True, tiles=tiles, name="write_blocks", interpret=interpret
     )
-    if interpret:
-        records = jax.freeze(target).reshape(records.shape)
-    return Written(receipt=receipt, records=records)
+    if not interpret:
+        receipt = pump(cut(slots, tiles.parts), pieces, *moves)
+        return Written(receipt=receipt, records=records)
+    target = jax.new_ref(pieces)
+    receipt = pump(cut(slots, tiles.parts), target, *moves)
+    return Written(receipt=receipt, records=jax.freeze(target).reshape(records.shape))

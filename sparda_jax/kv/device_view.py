@@ -121,7 +121,7 @@ class DeviceView:
 
     Raises:
         ValueError: the dtype cannot be exported, or the address is not aligned.
-        BackendError: the default device is neither a CPU nor a CUDA GPU.
+        BackendError: the default device is neither a CPU nor a CUDA GPU, or JAX makes a copy.
     """
 
     def __init__(
@@ -139,10 +139,17 @@ class DeviceView:
         self._export = _Export(address, shape, dtype, _default_device(), owner)
         _EXPORTED[self._export.address] = self._export
         try:
-            self.array: jax.Array = jax.dlpack.from_dlpack(self._export, copy=False)
+            self.array: jax.Array = jax.dlpack.from_dlpack(self._export)
         except BaseException:
             _EXPORTED.pop(self._export.address, None)
             raise
+        found = self.array.unsafe_buffer_pointer()
+        if found != address:
+            self.close()
+            raise BackendError(
+                f"JAX copied {self.nbytes} bytes of host memory from {address} to {found} instead "
+                "of looking at them; use fetch='device_put'"
+            )
 
     def close(self, timeout_s: float = 60.0) -> bool:
         """Delete the array and wait until no program holds its memory; again does nothing.

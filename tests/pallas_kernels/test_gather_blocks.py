@@ -389,7 +389,7 @@ def test_gpu_xla_copies_neither_records_nor_donated_slots(link):
     slots = jnp.zeros((1024, 2, 64, 128), jnp.bfloat16)
     kernel = jax.jit(gather_blocks, donate_argnums=4)
     compiled = kernel.lower(records, *moves(5), slots).compile()
-    assert " copy(" not in compiled.as_text()
+    assert " copy(" not in str(compiled.as_text())
     assert compiled.memory_analysis().temp_size_in_bytes < slots.nbytes
     assert compiled.memory_analysis().alias_size_in_bytes == slots.nbytes
     where = slots.unsafe_buffer_pointer()

@@ -50,7 +50,7 @@ def test_a_program_reads_what_numpy_wrote_before_it_was_called():
 def test_what_a_program_returns_is_never_the_memory_itself():
     memory, view = make()
     memory[...] = 1.0
-    returned = jax.jit(lambda x: x)(view.array)
+    returned = jax.block_until_ready(jax.jit(lambda x: x)(view.array))
     memory[...] = 2.0
     assert np.all(np.asarray(returned) == 1.0)
     assert view.close()
@@ -144,3 +144,11 @@ def test_an_import_that_fails_leaves_nothing_behind(monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         DeviceView(data.ctypes.data, (4,), np.dtype(np.float32), owner=data)
     assert len(module._EXPORTED) == before
+
+
+def test_an_import_that_copies_is_refused(monkeypatch):
+    real = module.jax.dlpack.from_dlpack
+    monkeypatch.setattr(module.jax.dlpack, "from_dlpack", lambda export: jnp.array(real(export)))
+    data = allocate(4096)
+    with pytest.raises(BackendError, match=rf"copied 16 bytes .* from {data.ctypes.data} to \d+"):
+        DeviceView(data.ctypes.data, (4,), np.dtype(np.float32), owner=data)

@@ -133,6 +133,7 @@ def test_a_program_that_breaks_the_rules_gets_a_copy_and_never_the_records(host)
     host.view(0)[...] = 1.0
     returned = jax.jit(lambda x: x)(host.operand(0))
     donated = jax.jit(lambda x: x * 2, donate_argnums=0)(host.operand(0))
+    jax.block_until_ready((returned, donated))
     host.view(0)[...] = 5.0
     assert np.all(np.asarray(returned) == 1.0)
     assert np.all(np.asarray(donated) == 2.0)
@@ -169,7 +170,7 @@ def test_one_pool_serves_one_batch_after_another():
 
 def test_two_batches_at_once_need_a_pool_for_both():
     with HostPool(12288) as pool, HostKV(tiny_config(), batch=1, capacity=16, pool=pool) as first:
-        with pytest.raises(CapacityError, match="6144 bytes .* pool of 12288, of which 4096 are"):
+        with pytest.raises(CapacityError, match=r"6144 bytes .* pool of 12288, of which 4096 are"):
             HostKV(tiny_config(), batch=1, capacity=16, pool=pool)
         first.view(0)[...] = 1.0
 
