@@ -3,9 +3,8 @@
 """The door of `block_scores`: checks the arguments once and finds the implementation."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import _backend
@@ -14,7 +13,7 @@ from pallas_kernels.block_scores.config import Tiles
 
 Implementation = Literal["triton", "reference"]
 
-PREFERRED = ("triton",)
+PREFERRED: tuple[Implementation, ...] = ("triton",)
 
 
 def block_scores(
@@ -31,7 +30,7 @@ def block_scores(
     implementation: Implementation | Sequence[Implementation] | None = None,
     tiles: Tiles | None = None,
 ) -> Float32[Array, "B T K M"]:
-    """Score blocks by forecasts: score[m] = max of forecast · pooled[c], c from r·m − 1 to r·m + r − 1.
+    """Score blocks by forecasts: the max of forecast · pooled[c] over c = r·m − 1 … r·m + r − 1.
 
     r = block_size / pool_stride. The cell before a block reaches into it, so neighbours share a
     cell and often tie. Scores are raw inner products, in f32. They rank blocks and have no gradient
@@ -55,7 +54,8 @@ def block_scores(
         Block scores; −1e30 for a block without a visible cell.
 
     Raises:
-        ValueError: shapes, dtypes or sizes do not fit together.
+        ValueError: shapes or dtypes do not fit together, a size < 1, `block_size` is no multiple
+            of `pool_stride`, or `visible` is unknown.
         NotImplementedError: the named implementation cannot run this.
 
     References:
@@ -63,43 +63,60 @@ def block_scores(
         pooling from cells to blocks.
 
     Example:
+        Windows of 2 tokens, one at every token; blocks of 4. The last window ends at token 7.
+
+        >>> import jax.numpy as jnp
         >>> forecast = jnp.ones((1, 1, 1, 1))
         >>> pooled = jnp.arange(7.0).reshape(1, 7, 1, 1)
-        >>> grid = dict(num_blocks=3, pool_size=2, pool_stride=1, block_size=4)
-        >>> block_scores(forecast, pooled, jnp.array([[7]]), jnp.array([7]), **grid)[0, 0, 0].tolist()
-        [3.0, 6.0, -1.0000000150474662e+30]
+        >>> rule = dict(num_blocks=2, pool_size=2, pool_stride=1, block_size=4)
+        >>> counts = jnp.array([7])
+        >>> block_scores(forecast, pooled, jnp.array([[7]]), counts, **rule).ravel().tolist()
+        [3.0, 6.0]
+        >>> block_scores(forecast, pooled, jnp.array([[5]]), counts, **rule).ravel().tolist()
+        [3.0, 4.0]
     """
-    _check(forecast, pooled, positions, counts)
-    if num_blocks < 1 or pool_size < 1 or pool_stride < 1:
-        raise ValueError(f"{num_blocks=}, {pool_size=} and {pool_stride=} must be at least 1")
-    if block_size < 1 or block_size % pool_stride:
-        raise ValueError(f"{block_size=} must be a multiple of {pool_stride=}")
+    check_operands(forecast, pooled, positions, counts)
+    check_grid(num_blocks, pool_size, pool_stride, block_size)
     if visible not in ("end", "start"):
         raise ValueError(f"{visible=} must be 'end' or 'start'")
+    cells_per_block = block_size // pool_stride
+    if tiles is None:
+        tiles = Tiles.default(
+            queries=forecast.shape[1],
+            head_dim=forecast.shape[3],
+            cells_per_block=cells_per_block,
+            dtype=forecast.dtype,
+        )
+    cut = tiles
     name = _backend.resolve(
         "block_scores",
         implementation,
         PREFERRED,
-        lambda _: triton.unsupported_reason(
-            forecast, pool_stride=pool_stride, block_size=block_size
-        ),
+        lambda _: triton.unsupported_reason(forecast, cells_per_block, cut),
     )
-    grid = {
+    rule: dict[str, Any] = {
         "num_blocks": num_blocks,
         "pool_size": pool_size,
         "pool_stride": pool_stride,
         "block_size": block_size,
+        "visible": visible,
     }
-    if name == "reference" or pooled.shape[1] == 0 or forecast.size == 0:
-        return reference.block_scores(forecast, pooled, positions, counts, visible=visible, **grid)
-    if tiles is None:
-        tiles = Tiles.default(forecast.shape[1], forecast.dtype)
-    return triton.block_scores(
-        forecast, pooled, positions, counts, visible=visible, tiles=tiles, **grid
-    )
+    if name == _backend.REFERENCE or pooled.shape[1] == 0:  # a fill, whoever does it
+        return reference.block_scores(forecast, pooled, positions, counts, **rule)
+    return triton.block_scores(forecast, pooled, positions, counts, **rule, tiles=cut)
 
 
-def _check(forecast: Array, pooled: Array, positions: Array, counts: Array) -> None:
+def check_operands(
+    forecast: Float[Array, "B T K H"],
+    pooled: Float[Array, "B C K H"],
+    positions: Int32[Array, "B T"],
+    counts: Int32[Array, " B"],
+) -> None:
+    """Refuse arrays that do not fit together.
+
+    Raises:
+        ValueError: they differ in an axis or a dtype, or there is nothing to score.
+    """
     batch, queries, kv_heads, dim = forecast.shape
     if (pooled.shape[0], *pooled.shape[2:]) != (batch, kv_heads, dim):
         raise ValueError(f"{pooled.shape=} must equal {forecast.shape=} in B, K and H")
@@ -109,3 +126,17 @@ def _check(forecast: Array, pooled: Array, positions: Array, counts: Array) -> N
         raise ValueError(f"{counts.shape=} must equal [B] of {forecast.shape=}")
     if pooled.dtype != forecast.dtype:
         raise ValueError(f"{pooled.dtype=} must equal {forecast.dtype=}")
+    if forecast.size == 0:
+        raise ValueError(f"{forecast.shape=} must have no axis of length 0")
+
+
+def check_grid(num_blocks: int, pool_size: int, pool_stride: int, block_size: int) -> None:
+    """Refuse a grid of windows and blocks that do not fit together.
+
+    Raises:
+        ValueError: a size < 1, or `block_size` is no multiple of `pool_stride`.
+    """
+    if min(num_blocks, pool_size, pool_stride) < 1:
+        raise ValueError(f"{num_blocks=}, {pool_size=} and {pool_stride=} must be at least 1")
+    if block_size < 1 or block_size % pool_stride:
+        raise ValueError(f"{block_size=} must be a multiple of {pool_stride=}")

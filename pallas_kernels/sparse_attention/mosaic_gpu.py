@@ -22,6 +22,7 @@ would round to TF32.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,9 @@ def _compute(
     q, k_smem, v_smem, id_of = smem
     stages, block_size, dim = k_smem.shape
     cut, count = counts
-    position = plgpu.load(positions_ref.at[batch, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
+    position = plgpu.load(
+        positions_ref.at[batch, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False
+    )
     column = plgpu.broadcasted_iota(
         jnp.int32, (WARPGROUP_ROWS, block_size), 1, layout=plgpu.Layout.WGMMA
     )
@@ -177,7 +180,9 @@ def _compute(
             logits = logits * scale
             if bias_ref is not None:
                 place = pl.ds(block * block_size, block_size)
-                bias = plgpu.load(bias_ref.at[batch, kv_head, place], layout=_COLUMNS, optimized=False)
+                bias = plgpu.load(
+                    bias_ref.at[batch, kv_head, place], layout=_COLUMNS, optimized=False
+                )
                 logits = logits + lax.broadcast_in_dim(bias, logits.shape, [1])
             if is_cut:
                 seen = column <= along_rows(position - block * block_size)
@@ -212,7 +217,7 @@ def _compute(
 
 
 def _kernel(
-    ids_ref, bits_ref, counts_ref, positions_ref, q_ref, k_ref, v_ref, *rest,
+    ids_ref, bits_ref, counts_ref, positions_ref, q_ref, k_ref, v_ref, *rest: Any,
     group, rows_of, has_bias, in_registers, scale,
 ):  # fmt: skip
     bias_ref, rest = (rest[0], rest[1:]) if has_bias else (None, rest)

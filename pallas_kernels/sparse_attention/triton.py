@@ -19,6 +19,7 @@ the Mosaic GPU kernel feeds `wgmma` from a memory warpgroup. Offsets: Pallas-Tri
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,9 @@ def _dot(a, b, precision):
     )
 
 
-def _kernel(ids_ref, bits_ref, counts_ref, positions_ref, q_ref, k_ref, v_ref, *rest, scale, words):
+def _kernel(
+    ids_ref, bits_ref, counts_ref, positions_ref, q_ref, k_ref, v_ref, *rest: Any, scale, words
+):
     bias_ref, out_ref = rest if len(rest) == 2 else (None, rest[0])
     tile, kv_head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tile_q, group, dim = q_ref.shape

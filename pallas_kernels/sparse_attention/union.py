@@ -15,6 +15,7 @@ lowers neither prefix sums nor scatters.
 
 import functools
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from jaxtyping import Array, Int32, UInt32
 
 _CHUNK = 2048
 """Blocks that a program looks at together."""
+
+type _Found = tuple[Array, list[Array], list[Array]]
+"""Block ids of a chunk, bits of queries by word, and the kinds of `_classes`."""
 
 
 class Union(typing.NamedTuple):
@@ -43,14 +47,24 @@ class Union(typing.NamedTuple):
     counts: Int32[Array, "B K tiles 2"]
 
 
-def _marks(chunk, at_tile, mask_ref, positions_ref, *, size, num_blocks, block_size, tile_q):
+def _marks(
+    chunk: int | Array,
+    at_tile: tuple[Array, Array, Array],
+    mask_ref: Any,
+    positions_ref: Any,
+    *,
+    size: int,
+    num_blocks: int,
+    block_size: int,
+    tile_q: int,
+) -> tuple[Array, list[Array], Array]:
     """Find who chose each block of a chunk: bits of queries by word, and whether one is cut."""
     batch, kv_head, tile = at_tile
     queries = mask_ref.shape[1]
     block = chunk * size + lax.iota(jnp.int32, size)
     start = block * block_size
 
-    def add_query(i, carry, *, first):
+    def add_query(i: int | Array, carry: tuple[Array, Array], *, first: int) -> tuple[Array, Array]:
         bits, cut = carry
         query = tile * tile_q + first + i
         inside = jnp.minimum(query, queries - 1)
@@ -77,7 +91,7 @@ def _marks(chunk, at_tile, mask_ref, positions_ref, *, size, num_blocks, block_s
     return block, words, cut
 
 
-def _classes(words, cut, *, tile_q, parts):
+def _classes(words: list[Array], cut: Array, *, tile_q: int, parts: int) -> list[Array]:
     """Sort blocks into those with a causal cut, those of all parts, those of one part only."""
     size = tile_q // parts
     wanted = []
@@ -102,7 +116,7 @@ def _classes(words, cut, *, tile_q, parts):
     return [kind.astype(jnp.int32) for kind in kinds]
 
 
-def _places(kinds, ranks, totals):
+def _places(kinds: list[Array], ranks: list[Array], totals: list[Array]) -> Array:
     """Compute where each block stands in its tile's list, from its rank within its kind."""
     starts = [jnp.int32(0), totals[0], totals[0] + totals[1]]
     places = [starts[0] + ranks[0], starts[1] + ranks[1]]
@@ -120,20 +134,29 @@ def _places(kinds, ranks, totals):
 
 
 def _kernel(
-    mask_ref, positions_ref, ids_ref, bits_ref, counts_ref, *, num_blocks, block_size, tile_q, parts
-):
+    mask_ref: Any,
+    positions_ref: Any,
+    ids_ref: Any,
+    bits_ref: Any,
+    counts_ref: Any,
+    *,
+    num_blocks: int,
+    block_size: int,
+    tile_q: int,
+    parts: int,
+) -> None:
     at = (pl.program_id(2), pl.program_id(1), pl.program_id(0))  # [B K tiles]
     size = min(_CHUNK, 1 << max(num_blocks - 1, 15).bit_length())
     chunks = -(-num_blocks // size)
 
-    def look(chunk):
+    def look(chunk: int | Array) -> _Found:
         block, words, cut = _marks(
             chunk, at, mask_ref, positions_ref,
             size=size, num_blocks=num_blocks, block_size=block_size, tile_q=tile_q,
         )  # fmt: skip
         return block, words, _classes(words, cut, tile_q=tile_q, parts=parts)
 
-    def write(found, before, totals):
+    def write(found: _Found, before: list[Array], totals: list[Array]) -> None:
         block, words, kinds = found
         ranks = [start + jnp.cumsum(kind) - kind for start, kind in zip(before, kinds, strict=True)]
         is_any = functools.reduce(jnp.bitwise_or, kinds) != 0
@@ -150,10 +173,10 @@ def _kernel(
         write(found, none, totals)
     else:
 
-        def count(chunk, totals):
+        def count(chunk: Array, totals: list[Array]) -> list[Array]:
             return [a + jnp.sum(kind) for a, kind in zip(totals, look(chunk)[2], strict=True)]
 
-        def place(chunk, before):
+        def place(chunk: Array, before: list[Array]) -> list[Array]:
             found = look(chunk)
             write(found, before, totals)
             return [a + jnp.sum(kind) for a, kind in zip(before, found[2], strict=True)]
