@@ -15,8 +15,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.sparse_attention import sparse_attention
 from sparda_jax.config import ModelConfig
 from sparda_jax.layers import init_forecast, init_weight
 from sparda_jax.pooling import LOWEST
@@ -261,7 +262,9 @@ def attend_chosen(
     block_size: int,
     tile_q: int = 64,
 ) -> Float[Array, "B T N H"]:
-    """Attend to the chosen blocks with an exact causal tail, gathering blocks per query.
+    """Attend to the chosen blocks with an exact causal tail.
+
+    On a GPU neighbouring queries share a kernel's tile; elsewhere blocks are gathered per query.
 
     Args:
         q: rotated queries.
@@ -279,6 +282,9 @@ def attend_chosen(
     References:
         InfLLM-V2, arXiv:2509.24663; SparDA, arXiv:2606.04511, section 3.
     """
+    if jax.default_backend() == "gpu":
+        mask = pack_blocks(block_ids, -(-k.shape[1] // block_size))
+        return sparse_attention(q, k, v, mask, positions, block_size=block_size, key_bias=key_bias)
     records = block_records(k, v, block_size)
     bias = None if key_bias is None else block_bias(key_bias, block_size)
 
@@ -287,6 +293,26 @@ def attend_chosen(
         return attend_records(queries, records, ids, ids, at, bias)
 
     return map_tiles(one_tile, (q, block_ids, positions), tile_q, (0, -1, -1))
+
+
+def pack_blocks(
+    block_ids: Int[Array, "B T K J"], num_blocks: int
+) -> UInt32[Array, "B T K maskwords"]:
+    """Pack a choice into bits: bit m % 32 of word m // 32 marks block m.
+
+    Args:
+        block_ids: distinct; negative where there is none.
+        num_blocks: M.
+
+    Example:
+        >>> pack_blocks(jnp.array([[[[0, 2, 33, -1]]]]), 40).tolist()
+        [[[[5, 2]]]]
+    """
+    words = -(-num_blocks // 32)
+    word = jnp.arange(words, dtype=jnp.int32)[None, None, None, None, :]
+    bit = jnp.uint32(1) << (block_ids % 32).astype(jnp.uint32)
+    here = (block_ids // 32)[..., None] == word  # −1 // 32 is −1: no word
+    return jnp.sum(jnp.where(here, bit[..., None], jnp.uint32(0)), axis=-2, dtype=jnp.uint32)
 
 
 def block_bias(key_bias: Float[Array, "B S K"], block_size: int) -> Float[Array, "B K M W"]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from sparda_jax.attention import attend_records
+from pallas_kernels.sparse_decode import sparse_decode
 from sparda_jax.chunk import Plan, make_probes, targets_of
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import KVState, LayerKV, append_tokens
@@ -275,8 +275,10 @@ def finish_layer(
         y = attend_every_slot(begun.q, kv.slots, now.positions, bias)
     else:
         with jax.named_scope("sparse_decode"):
-            slots, ids = places.slots[:, None], places.ids[:, None]
-            y = attend_records(begun.q, kv.slots, slots, ids, now.rope.positions, bias)
+            q = begun.q[:, 0]
+            y = sparse_decode(
+                q, kv.slots, places.slots, places.ids, now.positions, bias=bias, bias_order="block"
+            )[:, None]
     return block.finish(x, y), kv
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import select_blocks as kernel
 from sparda_jax.config import SparseConfig
 from sparda_jax.shapes import NO_BLOCK, Parity
 
@@ -106,15 +107,23 @@ def select_blocks(
     num_blocks = scores.shape[-1]
     chosen = min(sparse.selected_blocks, num_blocks)
     width = chosen if width is None else width
+    if parity is None:
+        found = kernel.select_blocks(
+            scores,
+            query_positions,
+            block_size=sparse.block_size,
+            sink_blocks=sparse.sink_blocks,
+            local_blocks=sparse.local_blocks,
+            selected_blocks=chosen,
+            attend_all=attend_all,
+            width=width,
+        )
+        return BlockChoice(ids=found.ids, count=found.count)
 
-    block = jnp.arange(num_blocks)[None, None, None, :]  # [1 1 1 M]
     own = jnp.where(query_positions < 0, -1, query_positions // sparse.block_size)
     own = own[:, :, None, None]  # [B T 1 1]
     pinned = pinned_blocks(query_positions, num_blocks, sparse)[:, :, None, :]
     ranked = jnp.where(pinned, jnp.inf, scores.astype(jnp.float32))
-    if parity is None:
-        ranked = jnp.where(block <= own, ranked, -jnp.inf)
-
     best, ids = jax.lax.top_k(ranked, width)  # [B T K width], ties to the lower id
     allowed = jnp.full(own.shape, chosen)
     if attend_all is not None:

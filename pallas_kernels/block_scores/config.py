@@ -3,7 +3,6 @@
 """Tiles of `block_scores`, and what it has to move and compute."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ class Tiles:
     @classmethod
     def default(
         cls, *, queries: int, head_dim: int, cells_per_block: int, dtype: jax.typing.DTypeLike
-    ) -> Self:
+    ) -> "Tiles":
         """Choose tiles so that two prefill programs share a multiprocessor if they can.
 
         Args:

@@ -3,7 +3,6 @@
 """Tiles of `query_scores`, and what it has to move and compute."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ SHARED_BYTES = 227 * 1024
 """Shared memory that a program may have on Hopper."""
 
 _PROGRAMS = 512
-"""Programs of a decode step: about four for each multiprocessor."""
+"""Most programs of decode's first pass: about four for each multiprocessor."""
 
 _ROWS = 64
 """Rows (query, head) of a prefill program: what a Hopper wgmma takes."""
@@ -70,7 +69,7 @@ class Tiles:
         head_dim: int,
         cells_per_block: int,
         dtype: jax.typing.DTypeLike,
-    ) -> Self:
+    ) -> "Tiles":
         """Choose tiles: enough programs in decode, two to a multiprocessor in prefill.
 
         Args:
@@ -92,8 +91,11 @@ class Tiles:
         """
         itemsize = jnp.dtype(dtype).itemsize
         if queries < DECODE_QUERIES:
-            steps = -(-cells // 64) * batch * queries * kv_heads
-            return cls(tile_q=1, tile_c=64, span=max(1, steps // _PROGRAMS), num_stages=3)
+            tiles = cls(tile_q=1, tile_c=64, num_stages=3)
+            if tiles.shared_bytes(group, head_dim, cells_per_block, itemsize) > SHARED_BYTES:
+                tiles = cls(tile_q=1, tile_c=32, num_stages=2)
+            steps = -(-cells // tiles.tile_c) * batch * queries * kv_heads
+            return dataclasses.replace(tiles, span=max(1, -(-steps // _PROGRAMS)))
         tile_q = max(2, _ROWS // (1 << (group - 1).bit_length()))
         for tile_c, tile_m in ((64, 32), (32, 16)):
             tiles = cls(tile_q=tile_q, tile_c=tile_c, tile_m=tile_m)

@@ -51,8 +51,8 @@ _COLUMNS = 16
 _MOST_MEMBERS = 64
 """Query heads of a KV head."""
 
-_MOST_PARTS = 4096
-"""Shares of the pooled keys that the second kernel joins in registers."""
+_MOST_JOINED = 16384
+"""Shares of the pooled keys, for each head, that the second kernel joins in registers."""
 
 
 def unsupported_reason(q: Shaped, pooled: Shaped, cells_per_block: int, tiles: Tiles) -> str | None:
@@ -87,12 +87,10 @@ def shape_reason(q: Shaped, pooled: Shaped, cells_per_block: int, tiles: Tiles) 
         return f"takes at most {MOST_CELLS} pooled keys a block, not {cells_per_block}"
     rows = tiles.tile_q * pl.next_power_of_2(group)
     if tiles.tile_q > 1 and rows < 16:
-        return (
-            f"needs 16 rows of queries and heads, but {tiles.tile_q=} with G = {group} has {rows}"
-        )
+        return f"needs 16 rows of (query, head), but {tiles.tile_q=} and G = {group} make {rows}"
     parts = pl.cdiv(pooled.shape[1], tiles.span * tiles.tile_c)
-    if tiles.tile_q == 1 and parts * pl.next_power_of_2(group) > _MOST_PARTS * 16:
-        return f"joins {parts} shares of the pooled keys, at most {_MOST_PARTS}; a longer span"
+    if tiles.tile_q == 1 and parts * group > _MOST_JOINED:
+        return f"joins {parts} shares of {group} heads, at most {_MOST_JOINED}; a longer span"
     held = tiles.shared_bytes(group, dim, cells_per_block, dtype.itemsize)
     if held > SHARED_BYTES:
         return f"holds about {held} bytes in shared memory, at most {SHARED_BYTES}; smaller tiles"

@@ -3,7 +3,7 @@
 """Tiles of the kernels, and what the op has to move and compute."""
 
 import dataclasses
-from typing import Literal, get_args
+import typing
 
 from pallas_kernels._roofline import Work
 
@@ -29,7 +29,7 @@ class Tiles:
     rows: int = 128
     stages: int = 4
     num_warps: int = 8
-    queries_in: Literal["registers", "shared"] = "registers"
+    queries_in: typing.Literal["registers", "shared"] = "registers"
 
     def __post_init__(self) -> None:
         if self.rows < 16 or self.rows % 16:
@@ -38,7 +38,7 @@ class Tiles:
             raise ValueError(f"{self.stages=} must be at least 1")
         if self.num_warps < 1 or self.num_warps & (self.num_warps - 1):
             raise ValueError(f"{self.num_warps=} must be a power of two")
-        places = get_args(Tiles.__annotations__["queries_in"])
+        places = typing.get_args(Tiles.__annotations__["queries_in"])
         if self.queries_in not in places:
             raise ValueError(f"{self.queries_in=} must be one of {places}")
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door of `sparse_decode`: checks its arguments once and settles who computes."""
 
+import typing
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Float, Float32, Int
@@ -18,7 +19,7 @@ Implementation = Literal["triton", "reference"]
 _PREFERRED = ("triton",)
 
 
-@overload
+@typing.overload
 def sparse_decode(
     q: Float[Array, "B N H"],
     slots: Float[Array, "B K R 2 W H"],
@@ -35,7 +36,7 @@ def sparse_decode(
 ) -> Float[Array, "B N H"]: ...
 
 
-@overload
+@typing.overload
 def sparse_decode(
     q: Float[Array, "B N H"],
     slots: Float[Array, "B K R 2 W H"],

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from pallas_kernels import plan_fetch as kernel
 from sparda_jax.errors import CapacityError
-from sparda_jax.kv.state import EMPTY, SlotPool
+from sparda_jax.kv.state import SlotPool
 from sparda_jax.shapes import NO_BLOCK, NO_SLOT
 
 
@@ -33,16 +34,21 @@ class Places:
 @typing.no_type_check
 @struct.dataclass
 class FetchPlan:
-    """The moves that make a choice resident.
+    """The moves that make a choice resident, in two forms.
 
     Attributes:
         places: where the chosen blocks stand once the moves are done.
         moves: missing blocks (`NO_BLOCK` where nothing moves), and the slots that they take.
+        misses: the same as a list: index of each missing record in the flattened [B K M], and of
+            its slot in the flattened [B K R].
+        miss_count: how many misses are real; what stands behind them is not to be looked at.
         counts: blocks resident (the tail among them), fetched, and evicted.
     """
 
     places: Places
     moves: Int[Array, "2 B K J"]
+    misses: Int[Array, "2 misses"]
+    miss_count: Int[Array, " 1"]
     counts: Int[Array, " 3"]
 
 
@@ -89,41 +95,18 @@ def plan_fetch(
             f"{num_slots} slots per (sequence, KV head) cannot hold the {width} blocks that one "
             f"token reads; ask for slots={width} or more"
         )
-    num_blocks = pool.table.shape[-1]
-    take = jax.vmap(jax.vmap(lambda row, index: row[index]))
-    real = ids >= 0
-    safe = jnp.where(real, ids, 0)
-    held = jnp.where(real, take(pool.table, safe), NO_SLOT)  # [B K J]
-    needs_slot = real & (held == NO_SLOT)
-
-    mark = jax.vmap(jax.vmap(lambda row, index: row.at[index].set(True, mode="drop")))
-    used = jnp.zeros(pool.slot_blocks.shape, bool)
-    used = mark(used, jnp.where(held == NO_SLOT, num_slots, held))
-    is_empty = pool.slot_blocks == NO_BLOCK
-    age = jnp.where(used, jnp.iinfo(jnp.int32).max, jnp.where(is_empty, EMPTY, pool.ages))
-    victims = jnp.argsort(age, axis=-1, stable=True)[..., :width].astype(jnp.int32)
-    nth = jnp.cumsum(needs_slot, axis=-1, dtype=jnp.int32) - 1
-    slots = jnp.where(needs_slot, take(victims, jnp.maximum(nth, 0)), held)
-
-    evicted = jnp.where(needs_slot, take(pool.slot_blocks, jnp.maximum(slots, 0)), NO_BLOCK)
-    write = jax.vmap(jax.vmap(lambda row, index, value: row.at[index].set(value, mode="drop")))
-    nowhere = jnp.full(ids.shape, NO_SLOT, jnp.int32)
-    table = write(pool.table, jnp.where(evicted >= 0, evicted, num_blocks), nowhere)
-    table = write(table, jnp.where(needs_slot, ids, num_blocks), slots)
-    place = jnp.where(real, slots, num_slots)
-    after = SlotPool(
-        table=table,
-        slot_blocks=write(pool.slot_blocks, place, ids),
-        ages=write(pool.ages, place, jnp.broadcast_to(step, ids.shape)),
-    )
-    at_tail = real & (ids == own[:, None, None])
-    fetched = needs_slot & ~at_tail
-    counts = [jnp.sum(x, dtype=jnp.int32) for x in (real & ~fetched, fetched, evicted >= 0)]
+    found = kernel.plan_fetch(ids, pool.table, pool.slot_blocks, pool.ages, own, step)
+    held = jnp.where(ids >= 0, ids, 0)
+    before = jax.vmap(jax.vmap(lambda row, index: row[index]))(pool.table, held)
+    fetched = (ids >= 0) & (before == NO_SLOT) & (ids != own[:, None, None])
     plan = FetchPlan(
-        places=Places(
-            ids=ids, slots=slots, tail=jnp.max(jnp.where(at_tail, slots, NO_SLOT), axis=-1)
+        places=Places(ids=ids, slots=found.slots, tail=found.tail),
+        moves=jnp.stack(
+            [jnp.where(fetched, ids, NO_BLOCK), jnp.where(fetched, found.slots, NO_SLOT)]
         ),
-        moves=jnp.stack([jnp.where(fetched, ids, NO_BLOCK), jnp.where(fetched, slots, NO_SLOT)]),
-        counts=jnp.stack(counts),
+        misses=found.misses,
+        miss_count=found.miss_count,
+        counts=found.counts,
     )
+    after = SlotPool(table=found.table, slot_blocks=found.slot_blocks, ages=found.ages)
     return plan, after

@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_scores import block_scores
 from sparda_jax.pooling import LOWEST, PooledSummary, pool_scores, pooled_count
 from sparda_jax.rope import Rope, apply_rope
 from sparda_jax.selectors.base import Decoder, Source, register, round_scores, score_cells
@@ -58,14 +59,26 @@ class ForecastSelector(PooledKeys):
     ) -> Float[Array, "B T K M"]:
         """Score blocks by raw inner products, the max over the cells of each.
 
-        A window that reaches past the query is invisible. The original shows it in prefill as soon
-        as it starts (parity mode); with local blocks longer than a window that moves pinned blocks
-        only, and the place of one future block.
+        A window that reaches past the query is invisible, and so is one that is not pooled yet: a
+        lookahead scores a layer before its newest key is there. The original shows a window in
+        prefill as soon as it starts (parity mode); with local blocks longer than a window that
+        moves pinned blocks only, and the place of one future block.
         """
         sparse = self.config.sparse
         count = summary.pooled.shape[1]
+        if self.parity is None:
+            return block_scores(
+                probe,
+                summary.pooled,
+                positions,
+                pooled_count(lengths, sparse),
+                num_blocks=num_blocks,
+                pool_size=sparse.pool_size,
+                pool_stride=sparse.pool_stride,
+                block_size=sparse.block_size,
+            )
         cells = score_cells(probe, summary.pooled)[:, :, :, 0]  # [B T K C]
-        if self.parity is not None and positions.shape[1] > 1:
+        if positions.shape[1] > 1:
             cell = jnp.arange(count)[None, None, :]
             held = pooled_count(lengths, sparse)[:, None, None]
             visible = (cell * sparse.pool_stride <= positions[:, :, None]) & (cell < held)

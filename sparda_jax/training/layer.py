@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import forecast_kl as kernels
 from sparda_jax.config import ModelConfig
 from sparda_jax.pooling import PooledSummary
 from sparda_jax.selection import BlockChoice, select_blocks
@@ -43,6 +44,11 @@ Routing = Literal["teacher", "forecast"]
 def default_tile_bytes() -> int:
     """Give the bound on a tile that suits the default device: 1 GiB on a GPU, else 8 MiB."""
     return (1 << 30) if jax.default_backend() == "gpu" else (8 << 20)
+
+
+def has_kernels() -> bool:
+    """Tell whether teacher and loss run as kernels: on a GPU."""
+    return jax.default_backend() == "gpu"
 
 
 def default_attention() -> Literal["gather", "mask"]:
@@ -83,8 +89,13 @@ class LayerPlan:
             raise ValueError(f"{self.tile_bytes=} must be at least 1")
 
     def label_tile(self, batch: int, keys: int) -> int:
-        """Choose how many queries to label at once: their fine logits fill `tile_bytes`."""
+        """Choose how many queries to label at once: their fine logits fill `tile_bytes`.
+
+        With kernels there are no fine logits: three arrays on the pooled grid are the largest.
+        """
         sparse = self.config.sparse
+        if has_kernels() and not is_own_query(sparse):
+            return self._tile(3 * batch * self.config.kv_heads * max(sparse.pooled(keys), 1) * 4)
         fine = keys // sparse.teacher_pool_stride
         return self._tile(2 * batch * self.config.heads * max(fine, sparse.pooled(keys), 1) * 4)
 
@@ -229,8 +240,78 @@ def label_layer(
         return _label_tile(plan, rows, held, summary, lengths, num_blocks)
 
     tile = plan.label_tile(*positions.shape)
-    spans = 1 if is_own_query(plan.config.sparse) else None
+    # A kernel passes over keys of the future by itself; more spans would be more programs.
+    spans = 1 if is_own_query(plan.config.sparse) or has_kernels() else None
     return map_spans(label, (q, forecast, positions), tile, (0, 0, -1), spans=spans)
+
+
+def _teacher(
+    plan: LayerPlan,
+    q: Float[Array, "B T N H"],
+    fine: Float[Array, "B fine K H"],
+    pooled: Float[Array, "B C K H"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B T K C"]:
+    """Compute the teacher of a tile, by a kernel where there is one."""
+    sparse = plan.config.sparse
+    if is_own_query(sparse) or not has_kernels():
+        return teacher_cells(q, fine, pooled, positions, lengths, plan.config, parity=plan.parity)
+    return kernels.teacher_mass(
+        q,
+        fine,
+        positions,
+        lengths,
+        num_cells=pooled.shape[1],
+        pool_stride=sparse.pool_stride,
+        teacher_pool_size=sparse.teacher_pool_size,
+        teacher_pool_stride=sparse.teacher_pool_stride,
+        alignment=sparse.teacher_alignment,
+    )
+
+
+def _loss(
+    plan: LayerPlan,
+    forecast: Float[Array, "B T K H"],
+    pooled: Float[Array, "B C K H"],
+    cells: Float[Array, "B T K C"],
+    listed: Int[Array, "B T K J"],
+    counted: Bool[Array, "B T K"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    num_blocks: int,
+) -> tuple[Float[Array, "B T K"], Float[Array, "B T K H"]]:
+    """Compute the loss of a tile and its gradient, by a kernel where there is one."""
+    sparse, has_gradient = plan.config.sparse, plan.has_gradient
+    if has_kernels() and not is_own_query(sparse):
+        return kernels.forecast_kl_and_gradient(
+            forecast,
+            pooled,
+            cells,
+            listed,
+            counted,
+            positions,
+            lengths,
+            block_size=sparse.block_size,
+            pool_size=sparse.pool_size,
+            pool_stride=sparse.pool_stride,
+            sink_blocks=sparse.sink_blocks,
+            local_blocks=sparse.local_blocks,
+            has_gradient=has_gradient,
+        )
+    kept = supervised_cells(mark_blocks(listed, num_blocks), positions, pooled.shape[1], sparse)
+    return forecast_kl(
+        forecast,
+        pooled,
+        cells,
+        kept,
+        counted,
+        positions,
+        lengths,
+        sparse,
+        width=listed.shape[-1],
+        has_gradient=has_gradient,
+    )
 
 
 @jax.named_scope("label_tile")
@@ -246,22 +327,11 @@ def _label_tile(
     config, sparse = plan.config, plan.config.sparse
     q, forecast, positions = rows
     pooled = pooled_of(summary).pooled
-    cells = teacher_cells(q, fine, pooled, positions, lengths, config, parity=plan.parity)
+    cells = _teacher(plan, q, fine, pooled, positions, lengths)
     read, listed = teacher_choices(plan, cells, summary, positions, lengths, num_blocks)
-    listed_mask = mark_blocks(listed.ids, num_blocks)
-    kept = supervised_cells(listed_mask, positions, pooled.shape[1], sparse)
     counted = counted_rows(cells, positions, keep_empty=plan.parity is not None)
-    kl, gradient = forecast_kl(
-        forecast,
-        pooled,
-        cells,
-        kept,
-        counted,
-        positions,
-        lengths,
-        sparse,
-        width=listed.ids.shape[-1],
-        has_gradient=plan.has_gradient,
+    kl, gradient = _loss(
+        plan, forecast, pooled, cells, listed.ids, counted, positions, lengths, num_blocks
     )
     zeros = jnp.zeros(kl.shape, jnp.float32)
     recall = overlap = (zeros, zeros)
