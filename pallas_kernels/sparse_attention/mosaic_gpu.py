@@ -283,11 +283,12 @@ def _kernel(
         @pl.loop(0, count + stages)  # the last rounds see every block taken, and copy none
         def _copy_block(entry):
             slot = lax.rem(entry, jnp.int32(stages))
+            block = id_of(jnp.minimum(entry, entries - 1))  # read while the slot is in use
             pl.when(entry >= stages)(lambda: plgpu.barrier_wait(taken.at[slot]))
 
             @pl.when(entry < count)
             def _copy():
-                place = (batch, pl.ds(id_of(entry) * block_size, block_size), kv_head)
+                place = (batch, pl.ds(block * block_size, block_size), kv_head)
                 plgpu.copy_gmem_to_smem(k_ref.at[place], k_smem.at[slot], loaded.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[place], v_smem.at[slot], loaded.at[slot])
 

@@ -190,7 +190,17 @@ def test_the_reference_is_the_formula_in_loops(case):
     np.testing.assert_allclose(refer(case, operands), want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.scale is None], ids=lambda c: c.name)
+LIKE_THE_LIBRARY = (
+    "odd tail",
+    "three heads a group",
+    "an empty cache",
+    "a bias per key in float32",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in LIKE_THE_LIBRARY], ids=lambda case: case.name
+)
 def test_the_reference_is_what_the_library_attends_to(case):
     q, k, v, words, positions, bias = in_float32(case.operands(seed=1))
     bits = np.asarray(words)[..., None] >> np.arange(32, dtype=np.uint32) & 1
@@ -234,8 +244,10 @@ def listed(bits, positions, block_size, tile_q):
     return found
 
 
-@pytest.mark.parametrize("chunk", [2048, 16])
-@pytest.mark.parametrize(("tile_q", "parts"), [(4, 1), (8, 2), (12, 3), (64, 1), (128, 2)])
+@pytest.mark.parametrize(
+    ("tile_q", "parts", "chunk"),
+    [(4, 1, 2048), (8, 2, 16), (8, 2, 2048), (12, 3, 16), (64, 1, 2048), (128, 2, 16)],
+)
 def test_a_tile_lists_its_blocks_and_who_chose_them(tile_q, parts, chunk, monkeypatch):
     monkeypatch.setattr(union, "_CHUNK", chunk)
     case = Case("", B=2, T=19, S=290, W=8)
@@ -282,7 +294,7 @@ def test_the_triton_kernel_gives_the_reference(case):
 IN_MOSAIC = [
     dataclasses.replace(case, dtype="bfloat16")
     for case in CASES
-    if case.name not in ("one position", "nothing marked", "a bias per key in float32")
+    if case.name not in ("neighbours agree", "nothing marked", "a bias per key in float32")
 ]
 
 
@@ -294,7 +306,7 @@ def test_the_mosaic_kernel_gives_the_reference(case):
 
 @pytest.mark.parametrize(
     ("rows", "stages", "kind"),
-    [(64, 2, "random"), (64, 5, "neighbours agree"), (128, 4, "random")],
+    [(64, 2, "random"), (128, 5, "neighbours agree")],
 )
 def test_other_tiles_of_the_mosaic_kernel_give_the_reference(rows, stages, kind):
     case = Case("", T=9, S=140, K=1, G=16, kind=kind, dtype="bfloat16")
