@@ -124,6 +124,30 @@ PHASES = (
         alignment=0.5,
         alignment_queries=512,
     ),
+    Phase(
+        name="far",
+        seq_len=8704,
+        batch=8,
+        steps=883,
+        learning_rate=6e-4,
+        final_share=0.02,
+        warm_up=30,
+        mixture=FAR_MIXTURE,
+        alignment=0.5,
+        alignment_queries=512,
+    ),
+    Phase(
+        name="far again",
+        seq_len=8704,
+        batch=8,
+        steps=346,
+        learning_rate=4e-4,
+        final_share=0.02,
+        warm_up=20,
+        mixture=FAR_MIXTURE,
+        alignment=0.5,
+        alignment_queries=512,
+    ),
 )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.sparse_attention import sparse_attention
+import pallas_kernels
 from sparda_jax.config import ModelConfig
 from sparda_jax.layers import init_forecast, init_weight
 from sparda_jax.pooling import LOWEST
@@ -284,7 +284,9 @@ def attend_chosen(
     """
     if jax.default_backend() == "gpu":
         mask = pack_blocks(block_ids, -(-k.shape[1] // block_size))
-        return sparse_attention(q, k, v, mask, positions, block_size=block_size, key_bias=key_bias)
+        return pallas_kernels.sparse_attention(
+            q, k, v, mask, positions, block_size=block_size, key_bias=key_bias
+        )
     records = block_records(k, v, block_size)
     bias = None if key_bias is None else block_bias(key_bias, block_size)
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.sparse_decode import sparse_decode
+import pallas_kernels
 from sparda_jax.chunk import Plan, make_probes, targets_of
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import KVState, LayerKV, append_tokens
@@ -276,7 +276,7 @@ def finish_layer(
     else:
         with jax.named_scope("sparse_decode"):
             q = begun.q[:, 0]
-            y = sparse_decode(
+            y = pallas_kernels.sparse_decode(
                 q, kv.slots, places.slots, places.ids, now.positions, bias=bias, bias_order="block"
             )[:, None]
     return block.finish(x, y), kv

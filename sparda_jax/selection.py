@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import select_blocks as kernel
+import pallas_kernels
 from sparda_jax.config import SparseConfig
 from sparda_jax.shapes import NO_BLOCK, Parity
 
@@ -108,7 +108,7 @@ def select_blocks(
     chosen = min(sparse.selected_blocks, num_blocks)
     width = chosen if width is None else width
     if parity is None:
-        found = kernel.select_blocks(
+        found = pallas_kernels.select_blocks(
             scores,
             query_positions,
             block_size=sparse.block_size,

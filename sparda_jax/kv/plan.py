@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_fetch as kernel
+import pallas_kernels
 from sparda_jax.errors import CapacityError
 from sparda_jax.kv.state import SlotPool
 from sparda_jax.shapes import NO_BLOCK, NO_SLOT
@@ -95,7 +95,7 @@ def plan_fetch(
             f"{num_slots} slots per (sequence, KV head) cannot hold the {width} blocks that one "
             f"token reads; ask for slots={width} or more"
         )
-    found = kernel.plan_fetch(ids, pool.table, pool.slot_blocks, pool.ages, own, step)
+    found = pallas_kernels.plan_fetch(ids, pool.table, pool.slot_blocks, pool.ages, own, step)
     held = jnp.where(ids >= 0, ids, 0)
     before = jax.vmap(jax.vmap(lambda row, index: row[index]))(pool.table, held)
     fetched = (ids >= 0) & (before == NO_SLOT) & (ids != own[:, None, None])

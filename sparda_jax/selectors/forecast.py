@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_scores import block_scores
+import pallas_kernels
 from sparda_jax.pooling import LOWEST, PooledSummary, pool_scores, pooled_count
 from sparda_jax.rope import Rope, apply_rope
 from sparda_jax.selectors.base import Decoder, Source, register, round_scores, score_cells
@@ -67,7 +67,7 @@ class ForecastSelector(PooledKeys):
         sparse = self.config.sparse
         count = summary.pooled.shape[1]
         if self.parity is None:
-            return block_scores(
+            return pallas_kernels.block_scores(
                 probe,
                 summary.pooled,
                 positions,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import forecast_kl as kernels
+import pallas_kernels
 from sparda_jax.config import ModelConfig
 from sparda_jax.pooling import PooledSummary
 from sparda_jax.selection import BlockChoice, select_blocks
@@ -257,7 +257,7 @@ def _teacher(
     sparse = plan.config.sparse
     if is_own_query(sparse) or not has_kernels():
         return teacher_cells(q, fine, pooled, positions, lengths, plan.config, parity=plan.parity)
-    return kernels.teacher_mass(
+    return pallas_kernels.teacher_mass(
         q,
         fine,
         positions,
@@ -284,7 +284,7 @@ def _loss(
     """Compute the loss of a tile and its gradient, by a kernel where there is one."""
     sparse, has_gradient = plan.config.sparse, plan.has_gradient
     if has_kernels() and not is_own_query(sparse):
-        return kernels.forecast_kl_and_gradient(
+        return pallas_kernels.forecast_kl_and_gradient(
             forecast,
             pooled,
             cells,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparda_jax.attention import attend_fused, attend_masked
+from sparda_jax.config import SparseConfig
 from sparda_jax.generate import generate
 from sparda_jax.testing import tiny_model
 
@@ -38,8 +39,16 @@ def test_fused_attention_and_its_gradients_agree_with_the_mask(key):
 
 
 def test_offloaded_is_resident_token_for_token_on_a_gpu():
-    model = tiny_model()
-    prompts = [list(range(1, 60)), list(range(5, 25)), [7, 9]]
+    sparse = SparseConfig(
+        block_size=16,
+        pool_size=8,
+        pool_stride=4,
+        local_blocks=2,
+        selected_blocks=6,
+        dense_below=0,
+    )
+    model = tiny_model(head_dim=32, sparse=sparse)  # shapes that the kernels take
+    prompts = [(list(range(1, 60)) * 4)[:200], list(range(5, 25)), [7, 9]]
     runs = [
         generate(model, prompts, max_new_tokens=120, kv=place) for place in ("resident", "offload")
     ]
