@@ -114,7 +114,7 @@ def select_blocks(
             block_size=sparse.block_size,
             sink_blocks=sparse.sink_blocks,
             local_blocks=sparse.local_blocks,
-            selected_blocks=chosen,
+            selected_blocks=sparse.selected_blocks,
             attend_all=attend_all,
             width=width,
         )

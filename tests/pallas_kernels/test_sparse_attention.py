@@ -288,7 +288,16 @@ def test_a_tile_lists_its_blocks_and_who_chose_them(tile_q, parts, chunk, monkey
 # --- the kernels in their interpreters ----------------------------------------------------------
 
 
-@named
+def quick_first(cases, quick):
+    """Leave to the slow tier what makes the interpreters' part long: all but the `quick` cases."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(c, id=c.name, marks=marks[c.name in quick]) for c in cases]
+
+
+QUICK = ("odd tail", "one query", "one head a group", "everything", "a bias per key")
+
+
+@pytest.mark.parametrize("case", quick_first(CASES, (*QUICK, "an empty cache", "many blocks")))
 def test_the_triton_kernel_gives_the_reference(case):
     operands = case.operands(seed=4)
     tiles = dataclasses.replace(TRITON, rows=16) if case.name == "odd tail" else TRITON
@@ -302,7 +311,7 @@ IN_MOSAIC = [
 ]
 
 
-@pytest.mark.parametrize("case", IN_MOSAIC, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick_first(IN_MOSAIC, QUICK))
 def test_the_mosaic_kernel_gives_the_reference(case):
     operands = case.operands(seed=5)
     assert_right(interpreted("mosaic_gpu", case, operands, MOSAIC), case, operands)
