@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu import attention_mgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from experiments.kernel_cases.base import Case
@@ -123,18 +122,20 @@ def draw_masks(
     sink_blocks: int,
     local_blocks: int,
     selected_blocks: int,
+    first: int = 0,
 ) -> UInt32[Array, "1 T K maskwords"]:
-    """Draw the choices of a prompt whose scores drift from query to query.
+    """Draw the choices of the last queries of a prompt whose scores drift from query to query.
 
     Args:
         key: PRNG key.
-        length: T = S, a multiple of 64.
+        length: S, a multiple of 64.
         kv_heads: K, each with scores of its own.
         correlation: of a block's scores for neighbouring queries.
         block_size: as for `select_blocks`, with the counts that follow.
         sink_blocks: pinned.
         local_blocks: pinned.
         selected_blocks: J.
+        first: position of the first query, a multiple of 64; T = S − `first`.
     """
     blocks = -(-length // block_size)
     fresh = math.sqrt(1.0 - correlation**2)
@@ -157,10 +158,10 @@ def draw_masks(
         )
         return scores[-1], choice.mask[0]
 
-    first = jax.random.normal(jax.random.fold_in(key, length), (kv_heads * blocks,))
-    starts = jnp.arange(0, length, _STEP, dtype=jnp.int32)
-    _, masks = jax.lax.scan(step, first, starts)
-    return masks.reshape(1, length, *masks.shape[2:])
+    last = jax.random.normal(jax.random.fold_in(key, length), (kv_heads * blocks,))
+    starts = jnp.arange(first, length, _STEP, dtype=jnp.int32)
+    _, masks = jax.lax.scan(step, last, starts)
+    return masks.reshape(1, length - first, *masks.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -239,6 +240,8 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array) -> Array:
 
 def _attend_by_mgpu(q: Array, k: Array, v: Array) -> Array:
     """Attend with JAX's own Mosaic kernel, which takes fp16 and unscaled logits."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu  # brings JAX's test tools along
+
     config = attention_mgpu.TuningConfig(
         block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
     )

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sparse_attention` for NVIDIA GPUs through Pallas-Triton.
 
-**Why.** XLA gathers the chosen blocks of every query, 24 MB a (query, KV head) row of 96 blocks a
-thousand times over, and one query's group fills a quarter of a tensor core tile. Here a tile of
+**Why.** XLA gathers the chosen blocks of every (query, KV head) first, 3 MB of them at 96 blocks of
+64 tokens, and then multiplies them with the few rows of one query's group. Here a tile of
 neighbouring queries walks the union of their blocks once (see `union.py`), each block one load that
 serves all rows; which rows see it comes from the bits of the list.
 

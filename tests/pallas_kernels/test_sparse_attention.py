@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernel_cases.sparse_attention import draw_masks
+from experiments.kernel_cases.sparse_attention import cases, draw_masks
 from pallas_kernels import _backend, _compat
 from pallas_kernels.sparse_attention import Tiles, mosaic_gpu, sparse_attention, triton, union
 from pallas_kernels.sparse_attention import api as door
@@ -581,97 +581,124 @@ MINICPM = {"block_size": 64, "sink_blocks": 1, "local_blocks": 32, "selected_blo
 
 
 def on_gpu(
-    name, *, length, queries, correlation=0.993, K=2, G=16, H=128, dtype="bfloat16", bias=False,
-    checked=64, tiles=None,
-):  # fmt: skip
-    """Run the last queries of a prompt twice, and hold some of them to the reference."""
-    q, k, v, extra, mask = jax.random.split(jax.random.key(0), 5)
-    drawn = draw_masks(mask, length=length, kv_heads=K, correlation=correlation, **MINICPM)
-    words = drawn[:, -queries:]
-    positions = jnp.arange(length - queries, length, dtype=jnp.int32)[None].at[0, 3].set(-1)
-    q = jax.random.normal(q, (1, queries, K * G, H), dtype)
-    k = jax.random.normal(k, (1, length, K, H), dtype)
-    v = jax.random.normal(v, (1, length, K, H), dtype)
-    key_bias = jax.random.normal(extra, (1, length, K)) if bias else None
-
-    def attend(q, words, positions, k, v, implementation):
-        return sparse_attention(
-            q, k, v, words, positions, key_bias=key_bias, block_size=64,
-            implementation=implementation, tiles=tiles if implementation == name else None,
-        )  # fmt: skip
-
-    kernel = jax.jit(chex.assert_max_traces(n=1)(lambda *x: attend(*x, name)))
-    got, again = (kernel(q, words, positions, k, v) for _ in range(2))
-    np.testing.assert_array_equal(
-        np.asarray(got.astype(jnp.float32)), np.asarray(again.astype(jnp.float32))
+    name, *, length, queries, K=2, G=16, H=128, dtype="bfloat16", bias=False, tiles=None, checked=16
+):
+    """Run the last queries of a prompt twice, and hold the first and last of them."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    first = length - queries
+    words = draw_masks(
+        keys[0], length=length, first=first, kv_heads=K, correlation=0.993, **MINICPM
     )
-    assert not np.asarray(got[0, 3].astype(jnp.float32)).any()
-    refer = jax.jit(attend, static_argnums=5)
-    for part in (slice(None, checked // 2), slice(-checked // 2, None)):
-        some = q[:, part], words[:, part], positions[:, part]
-        exact = refer(*(x.astype(jnp.float32) for x in some[:1]), *some[1:],
-                      k.astype(jnp.float32), v.astype(jnp.float32), "reference")  # fmt: skip
-        if dtype == "float32":
-            assert_close_float32(got[:, part], exact)
-            continue
-        rounded = refer(*some, k, v, "reference")
-        as_f32 = (np.asarray(x.astype(jnp.float32)) for x in (got[:, part], rounded))
-        assert_within_reference_rounding(*as_f32, exact)
+    positions = jnp.arange(first, length, dtype=jnp.int32)[None].at[0, 3].set(-1)
+    q = jax.random.normal(keys[1], (1, queries, K * G, H), dtype)
+    k = jax.random.normal(keys[2], (1, length, K, H), dtype)
+    v = jax.random.normal(keys[3], (1, length, K, H), dtype)
+    key_bias = jax.random.normal(keys[4], (1, length, K)) if bias else None
+
+    def attend(q, words, positions, k, v, **named):
+        return sparse_attention(
+            q, k, v, words, positions, key_bias=key_bias, block_size=64, **named
+        )
+
+    @jax.jit
+    def refer(q, words, positions, k, v):
+        exact = (x.astype(jnp.float32) for x in (k, v))
+        return (
+            attend(q.astype(jnp.float32), words, positions, *exact, implementation="reference"),
+            attend(q, words, positions, k, v, implementation="reference"),
+        )
+
+    def run(*operands):
+        return attend(*operands, implementation=name, tiles=tiles)
+
+    kernel = jax.jit(chex.assert_max_traces(n=1)(run))
+    got, again = (
+        np.asarray(kernel(q, words, positions, k, v).astype(jnp.float32)) for _ in range(2)
+    )
+    np.testing.assert_array_equal(got, again)
+    assert not got[0, 3].any()
+    some = np.r_[: checked // 2, queries - checked // 2 : queries]
+    exact, rounded = refer(q[:, some], words[:, some], positions[:, some], k, v)
+    if dtype == "float32":
+        assert_close_float32(got[:, some], exact)
+    else:
+        rounded = np.asarray(rounded.astype(jnp.float32))
+        assert_within_reference_rounding(got[:, some], rounded, exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
-@pytest.mark.parametrize("correlation", [0.993, 0.0], ids=["drifting", "independent"])
-def test_on_a_gpu_a_prompt_of_32k_is_attended_to_as_by_the_reference(name, correlation):
-    on_gpu(name, length=32768, queries=32768, correlation=correlation)
+def test_on_a_gpu_mosaic_attends_to_a_prompt_of_32k_as_the_reference():
+    on_gpu("mosaic_gpu", length=32768, queries=32768)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 def test_on_a_gpu_the_last_chunk_of_128k_is_attended_to_as_by_the_reference(name):
-    on_gpu(name, length=131072, queries=4096, checked=32)
+    on_gpu(name, length=131072, queries=4096)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
-@pytest.mark.parametrize(("K", "G"), [(32, 1), (8, 4), (2, 12)])
-def test_on_a_gpu_other_groups_are_attended_to_as_by_the_reference(name, K, G):
-    on_gpu(name, length=8192, queries=1000, K=K, G=G, H=64, bias=G == 4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
-def test_on_a_gpu_a_bias_per_key_is_added_as_by_the_reference(name):
-    on_gpu(name, length=32768, queries=2048, bias=True)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_float32_is_attended_to_as_by_the_reference():
+def test_on_a_gpu_triton_attends_in_float32_as_the_reference():
     on_gpu("triton", length=32768, queries=1024, dtype="float32")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        Tiles(rows=64, stages=5),
-        Tiles(rows=192, stages=5),
-        Tiles(rows=128, stages=5, queries_in="shared"),
-    ],
-    ids=lambda tiles: f"{tiles.rows}-{tiles.queries_in}",
-)
-def test_on_a_gpu_other_tiles_of_the_mosaic_kernel_give_the_reference(tiles):
+@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+def test_on_a_gpu_one_head_a_group_is_attended_to_as_by_the_reference(name):
+    on_gpu(name, length=8192, queries=1024, K=32, G=1, H=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "G"), [("mosaic_gpu", 4), ("triton", 12)])
+def test_on_a_gpu_a_bias_per_key_is_added_as_by_the_reference(name, G):
+    on_gpu(name, length=16384, queries=1024, G=G, bias=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, 192])
+def test_on_a_gpu_other_tiles_of_the_mosaic_kernel_give_the_reference(rows):
+    tiles = Tiles(rows=rows, stages=5)
     on_gpu("mosaic_gpu", length=16384, queries=2048, tiles=tiles)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_on_a_gpu_the_small_cases_give_the_reference(case, name):
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("odd tail", "one query", "everything")],
+    ids=lambda case: case.name,
+)
+def test_on_a_gpu_small_cases_give_the_reference(case, name):
     if name == "mosaic_gpu":
         case = dataclasses.replace(case, dtype="bfloat16")
-    *operands, bias = case.operands(seed=8)
+    operands = case.operands(seed=8)
     shape = {"group": case.G, "head_dim": case.H, "block_size": case.W}
     tiles = Tiles.default(name, **shape, itemsize=operands[1].dtype.itemsize)
     kernel = jax.jit(lambda *x: door.run_kernel(name, *x, **case.rule, tiles=tiles))
-    assert_right(kernel(*operands, bias), case, (*operands, bias))
+    assert_right(kernel(*operands), case, operands)
+
+
+def test_drawn_choices_are_causal_and_neighbours_share_most_of_them():
+    rule = {"block_size": 16, "sink_blocks": 1, "local_blocks": 2, "selected_blocks": 12}
+    for correlation, least, most in ((0.993, 0.85, 0.97), (0.0, 0.0, 0.4)):
+        words = draw_masks(
+            jax.random.key(1), length=1024, first=512, kv_heads=2, correlation=correlation, **rule
+        )
+        assert words.shape == (1, 512, 2, 2)
+        bits = np.asarray(words)[0, ..., None] >> np.arange(32, dtype=np.uint32) & 1
+        bits = bits.reshape(512, 2, 64)
+        own = np.arange(512, 1024)[:, None, None] // 16
+        assert np.all(bits.sum(-1) == 12)
+        block = np.arange(64)
+        assert not np.any(bits * (block > own))
+        free = bits * (block > 0) * (block < own - 2)
+        both = (free[:-1] * free[1:]).sum(-1) / free[1:].sum(-1)
+        assert least < both.mean() < most
+
+
+def test_the_check_of_the_cases_refuses_a_wrong_output():
+    case = cases(tiny=True)[0]
+    operands = case.operands(0)
+    assert case.check is not None
+    with pytest.raises(AssertionError, match=re.escape("RMS error 1 of the result, at most 0.02")):
+        case.check(jnp.zeros_like(operands[0]), operands)
