@@ -16,7 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 BEGIN = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 import jax, jax.numpy as jnp
 from sparda_jax.kv import page_lock
 from sparda_jax.kv.host import HostKV
