@@ -75,8 +75,8 @@ def begin_program(layout: Layout, plan: Plan, layer: int, num_blocks: int) -> Ca
         for target, ids in choices.items():
             with jax.named_scope("plan_fetch"):
                 plans[target], after[target] = plan_fetch(ids, pools[target], now.own, now.step)
-        moves = [plans[target].moves for target in sorted(plans)]
-        return begun, summary, plans, after, probes, moves
+        misses = [plans[target].misses for target in sorted(plans)]
+        return begun, summary, plans, after, probes, misses
 
     return jax.jit(run, donate_argnums=(0, 1), compiler_options=EXACT)
 
@@ -185,14 +185,14 @@ class StagedDecoder:
         arriving: dict[int, Fetched | None] = {}
         tails: dict[int, Array] = {}
         for layer in range(len(state.layers)):
-            begun, moves = self._begin_layer(layer, x, now, plans, probes)
-            if layer in moves:
-                arriving[layer] = self._mover.fetch(layer, np.asarray(moves.pop(layer)))
+            begun, misses = self._begin_layer(layer, x, now, plans, probes)
+            if layer in misses:
+                arriving[layer] = self._mover.fetch(layer, np.asarray(misses.pop(layer)))
             x = self._finish_layer(layer, x, begun, plans[layer].places, arriving.pop(layer), now)
             if completes.any():
                 tails[layer] = _take_tail(state.layers[layer].slots, plans[layer].places.tail)
                 tails[layer].copy_to_host_async()
-            for target, missing in moves.items():  # while the device computes this layer
+            for target, missing in misses.items():  # while the device computes this layer
                 arriving[target] = self._mover.fetch(target, np.asarray(missing))
         logits = self._close(self._head, x)
         self._store(tails, completes)
@@ -208,10 +208,10 @@ class StagedDecoder:
         now: Now,
         plans: dict[int, FetchPlan],
         probes: dict[int, Probe],
-    ) -> tuple[Begun, dict[int, Int[Array, "2 B K J"]]]:
+    ) -> tuple[Begun, dict[int, Int[Array, "2 misses"]]]:
         """Run the first half; keep its plans and probes; return what must move, by layer."""
         layers, made = self.state.layers, self._made[layer]
-        begun, summary, new, pools, waiting, moves = self._begin[layer](
+        begun, summary, new, pools, waiting, misses = self._begin[layer](
             layers[layer].summary,
             {target: layers[target].pool for target in made},
             self._begin_parts[layer],
@@ -225,9 +225,9 @@ class StagedDecoder:
             layers[target] = dataclasses.replace(layers[target], pool=pool)
         plans |= new
         probes |= waiting
-        for missing in moves:
+        for missing in misses:
             missing.copy_to_host_async()
-        return begun, dict(zip(sorted(new), moves, strict=True))
+        return begun, dict(zip(sorted(new), misses, strict=True))
 
     def _finish_layer(
         self,

@@ -59,8 +59,9 @@ class DevicePut:
     def __init__(self, host: HostKV, slots: int, width: int, *, ring: int = 2) -> None:
         if ring < 2:
             raise ValueError(f"{ring=} must be at least 2: one fills while another is copied")
-        self._host, self._slots = host, slots
-        batch, kv_heads, self._blocks, *self._record = host.view(0).shape
+        self._host = host
+        batch, kv_heads, _, *self._record = host.view(0).shape
+        self._nowhere = batch * kv_heads * slots
         self._dtype = host.view(0).dtype
         most = bucket(batch * kv_heads * width)
         size = most * int(np.prod(self._record)) * self._dtype.itemsize
@@ -70,27 +71,23 @@ class DevicePut:
         self._device = jax.local_devices()[0]
         self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
-    def fetch(self, layer: int, moves: Int[np.ndarray, "2 B K J"]) -> Fetched | None:
+    def fetch(self, layer: int, misses: Int[np.ndarray, "2 misses"]) -> Fetched | None:
         """Start moving the missing records of a layer.
 
         Args:
             layer: whose records.
-            moves: missing blocks, negative where nothing moves, and their slots.
+            misses: indices of the missing records and of their slots, then −1; see `FetchPlan`.
 
         Returns:
             The records on their way, or `None` if nothing is missing.
         """
-        rows, heads, places = np.nonzero(moves[0] >= 0)
-        count = rows.size
+        count = int(np.count_nonzero(misses[0] >= 0))
         if count == 0:
             return None
-        lanes = rows * moves.shape[2] + heads
-        sources = lanes * self._blocks + moves[0, rows, heads, places]
         padded = bucket(count)
-        nowhere = moves.shape[1] * moves.shape[2] * self._slots
-        targets = np.full((padded,), nowhere, np.int32)
-        targets[:count] = lanes * self._slots + moves[1, rows, heads, places]
-        return Fetched(records=self._copy(layer, sources, padded), places=targets)
+        targets = np.full((padded,), self._nowhere, np.int32)
+        targets[:count] = misses[1, :count]
+        return Fetched(records=self._copy(layer, misses[0, :count], padded), places=targets)
 
     def _copy(
         self, layer: int, sources: Int[np.ndarray, " n"], padded: int

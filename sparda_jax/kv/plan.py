@@ -4,15 +4,12 @@
 
 import typing
 
-import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
 import pallas_kernels
 from sparda_jax.errors import CapacityError
 from sparda_jax.kv.state import SlotPool
-from sparda_jax.shapes import NO_BLOCK, NO_SLOT
 
 
 @typing.no_type_check
@@ -34,19 +31,17 @@ class Places:
 @typing.no_type_check
 @struct.dataclass
 class FetchPlan:
-    """The moves that make a choice resident, in two forms.
+    """The moves that make a choice resident.
 
     Attributes:
         places: where the chosen blocks stand once the moves are done.
-        moves: missing blocks (`NO_BLOCK` where nothing moves), and the slots that they take.
-        misses: the same as a list: index of each missing record in the flattened [B K M], and of
-            its slot in the flattened [B K R].
-        miss_count: how many misses are real; what stands behind them is not to be looked at.
+        misses: index of each missing record in the flattened [B K M], and of the slot that it
+            takes in the flattened [B K R]; then −1.
+        miss_count: how many misses are real.
         counts: blocks resident (the tail among them), fetched, and evicted.
     """
 
     places: Places
-    moves: Int[Array, "2 B K J"]
     misses: Int[Array, "2 misses"]
     miss_count: Int[Array, " 1"]
     counts: Int[Array, " 3"]
@@ -80,14 +75,15 @@ def plan_fetch(
     Example:
         Two slots hold blocks 0 and 1. Block 5 is chosen with 0, so it takes the slot of 1.
 
+        >>> import jax.numpy as jnp
         >>> pool = SlotPool(
         ...     table=jnp.array([[[0, 1, -1, -1, -1, -1, -1]]]),
         ...     slot_blocks=jnp.array([[[0, 1]]]),
         ...     ages=jnp.array([[[3, 3]]]),
         ... )
         >>> plan, after = plan_fetch(jnp.array([[[0, 5]]]), pool, jnp.array([6]), jnp.int32(4))
-        >>> plan.moves.tolist(), plan.places.slots.tolist(), after.slot_blocks.tolist()
-        ([[[[-1, 5]]], [[[-1, 1]]]], [[[0, 1]]], [[[0, 5]]])
+        >>> plan.misses.tolist(), plan.places.slots.tolist(), after.slot_blocks.tolist()
+        ([[5, -1], [1, -1]], [[[0, 1]]], [[[0, 5]]])
     """
     width, num_slots = ids.shape[-1], pool.slot_blocks.shape[-1]
     if num_slots < width:
@@ -96,14 +92,8 @@ def plan_fetch(
             f"token reads; ask for slots={width} or more"
         )
     found = pallas_kernels.plan_fetch(ids, pool.table, pool.slot_blocks, pool.ages, own, step)
-    held = jnp.where(ids >= 0, ids, 0)
-    before = jax.vmap(jax.vmap(lambda row, index: row[index]))(pool.table, held)
-    fetched = (ids >= 0) & (before == NO_SLOT) & (ids != own[:, None, None])
     plan = FetchPlan(
         places=Places(ids=ids, slots=found.slots, tail=found.tail),
-        moves=jnp.stack(
-            [jnp.where(fetched, ids, NO_BLOCK), jnp.where(fetched, found.slots, NO_SLOT)]
-        ),
         misses=found.misses,
         miss_count=found.miss_count,
         counts=found.counts,

@@ -180,9 +180,9 @@ def test_counters_give_the_bytes_that_moved(small, monkeypatch):
     moved = []
     original = fetch_device_put.DevicePut.fetch
 
-    def noted(self, layer, moves):
-        moved.append(int((moves[0] >= 0).sum()))
-        return original(self, layer, moves)
+    def noted(self, layer, misses):
+        moved.append(int((misses[0] >= 0).sum()))
+        return original(self, layer, misses)
 
     monkeypatch.setattr(fetch_device_put.DevicePut, "fetch", noted)
     with Session(small, prompts((61, 150)), max_new_tokens=9, kv="offload", slots=5) as session:

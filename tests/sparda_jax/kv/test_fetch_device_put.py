@@ -31,16 +31,17 @@ def mover(host):
     mover.close()
 
 
-def moves(*missing):
-    """Make moves [2 B K J] from (row, head, place, block, slot)."""
-    out = np.full((2, 2, 2, WIDTH), -1, np.int32)
-    for row, head, place, block, slot in missing:
-        out[:, row, head, place] = block, slot
+def misses(*missing):
+    """Make misses [2 n] from (row, head, block, slot), of two KV heads and ten blocks."""
+    out = np.full((2, 2 * 2 * WIDTH), -1, np.int32)
+    for place, (row, head, block, slot) in enumerate(missing):
+        lane = row * 2 + head
+        out[:, place] = lane * 10 + block, lane * SLOTS + slot
     return out
 
 
 def test_missing_records_arrive_with_the_same_bits(host, mover):
-    fetched = mover.fetch(1, moves((0, 1, 2, 7, 4), (1, 0, 0, 9, 5), (1, 0, 3, 2, 0)))
+    fetched = mover.fetch(1, misses((0, 1, 7, 4), (1, 0, 9, 5), (1, 0, 2, 0)))
     assert fetched.records.shape[0] == fetched.places.shape[0] == bucket(3)
     want = [host.view(1)[0, 1, 7], host.view(1)[1, 0, 9], host.view(1)[1, 0, 2]]
     np.testing.assert_array_equal(np.asarray(fetched.records)[:3], np.stack(want))
@@ -49,18 +50,18 @@ def test_missing_records_arrive_with_the_same_bits(host, mover):
 
 
 def test_nothing_missing_moves_nothing(mover):
-    assert mover.fetch(0, moves()) is None
+    assert mover.fetch(0, misses()) is None
 
 
 def test_a_later_write_into_the_pool_changes_nothing_that_arrived(host, mover):
-    fetched = mover.fetch(0, moves((0, 0, 0, 3, 1)))
+    fetched = mover.fetch(0, misses((0, 0, 3, 1)))
     want = np.array(host.view(0)[0, 0, 3])
     host.view(0)[...] = 0
     np.testing.assert_array_equal(np.asarray(fetched.records)[0], want)
 
 
 def test_filling_the_staging_buffers_again_changes_nothing_that_arrived(host, mover):
-    arrived = [mover.fetch(layer % 3, moves((1, 1, 1, layer, 0))) for layer in range(7)]
+    arrived = [mover.fetch(layer % 3, misses((1, 1, layer, 0))) for layer in range(7)]
     for layer, fetched in enumerate(arrived):
         want = host.view(layer % 3)[1, 1, layer]
         np.testing.assert_array_equal(np.asarray(fetched.records)[0], want)
@@ -68,15 +69,15 @@ def test_filling_the_staging_buffers_again_changes_nothing_that_arrived(host, mo
 
 def test_many_records_are_gathered_by_several_threads(host, mover, monkeypatch):
     monkeypatch.setattr(fetch_device_put, "_THREADS_ABOVE", 1)
-    every = [(b, k, j, 2 * j + k, j) for b in range(2) for k in range(2) for j in range(WIDTH)]
-    fetched = mover.fetch(2, moves(*every))
-    want = np.stack([host.view(2)[b, k, block] for b, k, _, block, _ in every])
+    every = [(b, k, 2 * j + k, j) for b in range(2) for k in range(2) for j in range(WIDTH)]
+    fetched = mover.fetch(2, misses(*every))
+    want = np.stack([host.view(2)[b, k, block] for b, k, block, _ in every])
     np.testing.assert_array_equal(np.asarray(fetched.records)[: len(every)], want)
 
 
 def test_a_block_that_does_not_exist_is_our_own_mistake(mover):
     with pytest.raises(AssertionError, match="40"):
-        mover.fetch(0, moves((1, 1, 0, 10, 0)))
+        mover.fetch(0, misses((1, 1, 10, 0)))
 
 
 def test_counts_fall_into_few_buckets():
@@ -89,5 +90,5 @@ def test_one_staging_buffer_is_refused(host):
 
 
 def test_records_live_on_the_default_device(mover):
-    fetched = mover.fetch(0, moves((0, 0, 0, 0, 0)))
+    fetched = mover.fetch(0, misses((0, 0, 0, 0)))
     assert fetched.records.devices() == {jax.local_devices()[0]}

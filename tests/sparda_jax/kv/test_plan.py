@@ -55,7 +55,8 @@ def test_at_equal_ages_the_lower_slot_goes():
 def test_entering_a_block_takes_a_slot_but_moves_nothing():
     _, pool = run(empty_pool(), [0, 1], 1, 1)
     plan, pool = run(pool, [0, 1, 2], 2, 2)
-    assert np.all(np.asarray(plan.moves) == -1)
+    assert np.all(np.asarray(plan.misses) == -1)
+    assert plan.miss_count.tolist() == [0]
     assert plan.places.tail.tolist() == [[2]]
     assert pool.table[0, 0, 2] == 2
     assert plan.counts.tolist() == [3, 0, 0]
@@ -110,14 +111,15 @@ def test_a_plan_makes_the_choice_resident_and_never_takes_a_chosen_slot(history,
             assert sorted(b for b in range(BLOCKS) if table[b] >= 0) == sorted(held)
             assert all(after.slot_blocks[row, 0, table[b]] == b for b in held)
 
-            moved, to = np.asarray(plan.moves[:, row, 0])
-            fetched = moved[moved >= 0].tolist()
+            records, to = np.asarray(plan.misses)[:, : int(plan.miss_count[0])]
+            mine = records // BLOCKS == row  # one KV head: record row · M + block
+            fetched = (records[mine] % BLOCKS).tolist()
             resident = set(blocks) & set(before)
             missing = set(blocks) - set(before)
             assert set(fetched) == missing - {tail}
             assert resident | missing == set(blocks)
             assert all(before[b] == table[b] for b in resident)  # nothing chosen was moved
-            targets = to[moved >= 0].tolist()
+            targets = (to[mine] - row * slots).tolist()
             assert len(targets) == len(set(targets))
             assert all(0 <= slot < slots for slot in targets)
             assert targets == [table[b] for b in fetched]
