@@ -1,360 +1,303 @@
 # Copyright 2026 The sparda_jax authors
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step: the two halves of a layer, and the program that runs all layers at once.
+"""One decode step as one program: all layers, choices, fetches, attention, MLP and the draw.
 
-`begin_layer` projects, ranks and chooses; `finish_layer` appends, attends and runs the MLP. Between
-them the blocks that a layer chose become resident. With everything resident there is nothing to
-wait for, and `ResidentDecoder` runs all layers as one jitted step; `decode_staged.py` runs the same
-halves layer by layer and moves blocks in between.
+With everything resident a layer reads its blocks where they stand. Offloaded, each layer's choice
+for the next one becomes a fetch plan, and a kernel moves the missing records from host memory into
+slots while this layer computes (`overlap` says how XLA is told). The state is donated; nothing
+comes to the host but what the caller reads of the results.
 
-A choice for a later layer is made before that layer knows the new token: the summary ends one token
-earlier. The windows that the new token completes lie in pinned blocks, so the choice is the same,
-provided the local blocks reach as far back as a window (`scores_early`). Where they do not, the
-probe waits and the later layer chooses for itself.
+`decode_staged.py` runs the same halves of a layer one after the other, for `fetch="device_put"`.
 """
 
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-import pallas_kernels
-from sparda_jax.chunk import Plan, make_probes, targets_of
-from sparda_jax.kv.plan import Places
-from sparda_jax.kv.state import KVState, LayerKV, append_tokens
-from sparda_jax.model import DecoderLayer, SpardaLM
+from sparda_jax.chunk import Plan
+from sparda_jax.decode_layer import Now, begin_layer, finish_layer, open_step, resident_places
+from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
+from sparda_jax.kv.host import HostKV
+from sparda_jax.kv.overlap import compiler_options, fetch_first
+from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
+from sparda_jax.kv.state import KVState, LayerKV, SlotPool, take_tail
+from sparda_jax.model import SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts
-from sparda_jax.pooling import LOWEST
-from sparda_jax.rope import Rope, make_rope
-from sparda_jax.selection import select_blocks
-from sparda_jax.selectors import KeySummary, Probe
-from sparda_jax.shapes import NO_BLOCK, NO_SLOT
+from sparda_jax.sampling import Draw, Rows, draw_tokens
+from sparda_jax.selectors import Probe
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """The static side of a step.
+
+    Attributes:
+        plan: which rule chooses, how wide.
+        is_offloaded: records in host memory, slots on the device.
+        has_lookahead: fetch for the next layer while this one computes; else each layer waits for
+            its own fetch, for comparison.
+        writes_host: a kernel writes completed blocks to the host; else the step returns them.
+    """
+
+    plan: Plan
+    is_offloaded: bool = False
+    has_lookahead: bool = True
+    writes_host: bool = False
 
 
 @typing.no_type_check
 @struct.dataclass
-class Now:
-    """What all layers of one step share.
+class Stepped:
+    """What a step gives beside the new state.
 
     Attributes:
-        rope: rotations of the new tokens; position −1 for a row that does nothing.
-        lengths: tokens held of each sequence before this step.
-        own: the block that the new token falls into; `NO_BLOCK` for a row that does nothing.
-        attend_all: sequences that attend to all their blocks.
-        step: number of the step, from 1.
+        logits: for the token after, f32.
+        choices: block ids that each layer read, in order; empty when nothing was chosen.
+        counts: of each layer the blocks resident, fetched and evicted.
+        tails: of each layer the record of the block being filled, where no kernel stores it.
     """
 
-    rope: Rope
-    lengths: Int[Array, " B"]
-    own: Int[Array, " B"]
-    attend_all: Bool[Array, " B"]
-    step: Int[Array, ""]
-
-    @property
-    def positions(self) -> Int[Array, " B"]:
-        """Positions of the new tokens; −1 for a row that does nothing."""
-        return self.rope.positions[:, 0]
+    logits: Float[Array, "B V"]
+    choices: tuple[Int[Array, "B K J"], ...]
+    counts: Int[Array, "L 3"]
+    tails: tuple[Float[Array, "B K 2 W H"], ...]
 
 
-@typing.no_type_check
-@struct.dataclass
-class Begun:
-    """The first half of a layer: heads of the new tokens.
+class _Blocks:
+    """While a step is traced: who stands where, and what is on its way. Everything is resident."""
 
-    Attributes:
-        q: rotated queries.
-        k: rotated keys.
-        v: values.
-        importance: NOSA's bias of the new keys; `None` for other models.
-    """
+    def __init__(self, way: Way, state: KVState, now: Now) -> None:
+        self.way, self.now = way, now
+        self.choices: dict[int, Array] = {}
+        self.num_blocks = self._count_blocks(state.layers[0])
 
-    q: Float[Array, "B 1 N H"]
-    k: Float[Array, "B 1 K H"]
-    v: Float[Array, "B 1 K H"]
-    importance: Float[Array, "B 1 K"] | None
+    def _count_blocks(self, kv: LayerKV) -> int:
+        return kv.slots.shape[2]
+
+    def choose(self, layer: int, chosen: Mapping[int, Array]) -> list[int]:
+        """Take the choices made while `layer` begins; list the layers whose slots move now."""
+        self.choices |= chosen
+        return []
+
+    def bring(self, layer: int, kv: LayerKV, after: Array) -> tuple[LayerKV, Places]:
+        """Give the state of a layer and the places of its blocks once they are there."""
+        return kv, resident_places(
+            self.way.plan, self.choices.get(layer), self.now, self.num_blocks
+        )
+
+    def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
+        """Take the layer's state after its second half."""
+        return kv
+
+    def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
+        """Count blocks resident, fetched and evicted."""
+        read = jnp.sum(places.ids >= 0, dtype=jnp.int32)
+        return jnp.stack([read, jnp.int32(0), jnp.int32(0)])
 
 
-def open_step(
+class _OffloadedBlocks(_Blocks):
+    """The same with records in host memory: choices become plans, plans become fetches."""
+
+    def __init__(
+        self, way: Way, state: KVState, now: Now, active: Array, records: Sequence[Array]
+    ) -> None:
+        super().__init__(way, state, now)
+        self._records = records
+        self.slots = {layer: kv.slots for layer, kv in enumerate(state.layers)}
+        self._receipts = [kv.receipt for kv in state.layers]
+        self._pools: dict[int, SlotPool] = {
+            layer: kv.pool for layer, kv in enumerate(state.layers) if kv.pool is not None
+        }
+        self._plans: dict[int, FetchPlan] = {}
+        self._is_fetched: set[int] = set()
+        self._completed = completed_rows(now.positions, active, way.plan.config.sparse.block_size)
+        self.tails: list[Array] = []
+
+    def _count_blocks(self, kv: LayerKV) -> int:
+        assert kv.pool is not None  # a resident layer has none
+        return kv.pool.table.shape[2]
+
+    def _fetch(self, layer: int, after: Array | None) -> None:
+        self.slots[layer] = fetch_records(
+            self.slots[layer],
+            self._records[layer],
+            self._plans[layer],
+            self._receipts[layer],
+            after=after,
+        )
+        self._is_fetched.add(layer)
+
+    def choose(self, layer: int, chosen: Mapping[int, Array]) -> list[int]:
+        self.choices |= chosen
+        ahead = []
+        for target, ids in chosen.items():
+            with jax.named_scope("plan_fetch"):
+                self._plans[target], self._pools[target] = plan_fetch(
+                    ids, self._pools[target], self.now.own, self.now.step
+                )
+            if target > layer and self.way.has_lookahead:
+                self._fetch(target, None)
+                ahead.append(target)
+        return ahead
+
+    def bring(self, layer: int, kv: LayerKV, after: Array) -> tuple[LayerKV, Places]:
+        if layer not in self._is_fetched:
+            self._fetch(layer, None if self.way.has_lookahead else after)
+        kv = dataclasses.replace(kv, slots=self.slots[layer], pool=self._pools[layer])
+        return kv, self._plans[layer].places
+
+    def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
+        if not self.way.writes_host:
+            self.tails.append(take_tail(kv.slots, places.tail))
+            return kv
+        receipt = store_completed(kv.slots, self._records[layer], places.tail, self._completed)
+        return dataclasses.replace(kv, receipt=receipt)
+
+    def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
+        return self._plans[layer].counts
+
+
+def run_step(
     model: SpardaLM,
+    way: Way,
+    state: KVState,
+    records: Sequence[Float[Array, "B K M 2 W H"]],
     tokens: Int[Array, " B"],
     active: Bool[Array, " B"],
-    lengths: Int[Array, " B"],
-    reach: Int[Array, " B"],
-    step: Int[Array, ""],
-) -> tuple[Float[Array, "B 1 D"], Now]:
-    """Embed one token of each sequence and make what all layers share.
+) -> tuple[KVState, Stepped]:
+    """Feed one token of each active row through all layers, unrolled.
 
     Args:
         model: the decoder.
+        way: how blocks are chosen and where they are.
+        state: before the step.
+        records: of each layer, in host memory; none when everything is resident.
         tokens: the next token of each sequence.
-        active: rows that take part; the others neither read nor write.
-        lengths: tokens held of each sequence.
-        reach: length that each may grow to.
-        step: number of the step.
+        active: rows that take part.
     """
-    config = model.config
-    positions = jnp.where(active, lengths, -1)
-    now = Now(
-        rope=make_rope(config.rope, config.head_dim, positions[:, None], reach),
-        lengths=lengths,
-        own=jnp.where(active, lengths // config.sparse.block_size, NO_BLOCK),
-        attend_all=lengths + 1 < config.sparse.dense_below,
-        step=step,
+    x, now = open_step(model, tokens, active, state.lengths, state.reach, state.step)
+    blocks = _Blocks(way, state, now)
+    if way.is_offloaded:
+        blocks = _OffloadedBlocks(way, state, now, active, records)
+    summaries = {layer: kv.summary for layer, kv in enumerate(state.layers)}
+    probes: dict[int, Probe] = {}
+    layers, counts = [], []
+    for layer, block in enumerate(model.layers):
+        with jax.named_scope(f"layer_{layer}"):
+            begun, summary, chosen, waiting = begin_layer(
+                model,
+                way.plan,
+                layer,
+                x,
+                now,
+                blocks.num_blocks,
+                summaries,
+                probes.pop(layer, None),
+            )
+            probes |= waiting
+            ahead = blocks.choose(layer, chosen)
+            if isinstance(blocks, _OffloadedBlocks) and ahead:
+                moving = {target: blocks.slots[target] for target in ahead}
+                (x, begun), moving = fetch_first((x, begun), moving)
+                blocks.slots |= moving
+            kv = dataclasses.replace(state.layers[layer], summary=summary)
+            kv, places = blocks.bring(layer, kv, begun.q[0, 0, 0, 0].astype(jnp.float32))
+            x, kv = finish_layer(block, way.plan, x, begun, kv, places, now)
+            layers.append(blocks.leave(layer, kv, places))
+            counts.append(blocks.count(layer, places))
+    after = KVState(
+        layers=layers,
+        lengths=jnp.where(active, state.lengths + 1, state.lengths),
+        reach=state.reach,
+        step=state.step + 1,
     )
-    return model.embed_tokens(tokens[:, None]), now
-
-
-def scores_early(plan: Plan) -> bool:
-    """Tell whether a later layer's blocks can be chosen before it pools the new key.
-
-    True if every window that ends at a query starts in a pinned block: W · local_blocks ≥
-    pool_size − 1.
-    """
-    sparse = plan.config.sparse
-    return sparse.block_size * sparse.local_blocks >= sparse.pool_size - 1
-
-
-def choices_made_at(plan: Plan, layer: int) -> tuple[int, ...]:
-    """List the layers whose blocks are chosen while `layer` begins."""
-    if plan.selector is None:
-        return ()
-    return targets_of(plan, layer) if scores_early(plan) else (layer,)
-
-
-def choose(
-    plan: Plan,
-    probe: Probe,
-    summary: KeySummary,
-    now: Now,
-    lengths: Int[Array, " B"],
-    num_blocks: int,
-) -> Int[Array, "B K J"]:
-    """Choose the blocks of one layer for the new tokens.
-
-    Args:
-        plan: the rule.
-        probe: of the new tokens.
-        summary: of the layer whose blocks are ranked.
-        now: the step.
-        lengths: tokens that the summary holds of each sequence.
-        num_blocks: M.
-    """
-    assert plan.selector is not None  # a plan without one never chooses
-    positions = now.rope.positions
-    with jax.named_scope("score_blocks"):
-        scores = plan.selector.score_blocks(probe, summary, positions, lengths, num_blocks)
-    with jax.named_scope("select_blocks"):
-        choice = select_blocks(
-            scores,
-            positions,
-            plan.config.sparse,
-            attend_all=now.attend_all,
-            width=plan.width,
-            parity=plan.parity,
-        )
-    return choice.ids[:, 0]
-
-
-def begin_layer(
-    model: SpardaLM,
-    plan: Plan,
-    layer: int,
-    x: Float[Array, "B 1 D"],
-    now: Now,
-    num_blocks: int,
-    summaries: Mapping[int, KeySummary],
-    probe: Probe | None,
-) -> tuple[Begun, KeySummary, dict[int, Int[Array, "B K J"]], dict[int, Probe]]:
-    """Run the first half of a layer: heads, the longer summary, choices.
-
-    Args:
-        model: the decoder.
-        plan: the rule.
-        layer: which layer.
-        x: its input.
-        now: the step.
-        num_blocks: M.
-        summaries: of this layer and of those whose blocks are chosen here, all before this step;
-            empty in dense mode.
-        probe: made for this layer by an earlier one, if that one could not choose yet.
-
-    Returns:
-        The heads, the layer's longer summary, the choices made here by layer, and the probes whose
-        layers choose for themselves.
-    """
-    block = model.layers[layer]
-    q, k, v = block.attention.project(block.input_norm(x), now.rope)
-    begun = Begun(q=q, k=k, v=v, importance=block.attention.importance(v))
-    if plan.selector is None:
-        return begun, None, {}, {}
-    positions = now.rope.positions
-    summary = plan.selector.extend_summary(summaries[layer], k, positions, begun.importance)
-    probes = make_probes(model, plan, layer, x, q, now.rope)
-    if probe is not None:
-        probes[layer] = probe
-    held = jnp.where(now.positions >= 0, now.lengths + 1, now.lengths)
-    choices = {}
-    for target in choices_made_at(plan, layer):
-        own = target == layer
-        known, lengths = (summary, held) if own else (summaries[target], now.lengths)
-        choices[target] = choose(plan, probes.pop(target), known, now, lengths, num_blocks)
-    return begun, summary, choices, probes
-
-
-@jax.named_scope("attend_every_slot")
-def attend_every_slot(
-    q: Float[Array, "B 1 N H"],
-    slots: Float[Array, "B K M 2 W H"],
-    positions: Int[Array, " B"],
-    bias: Float[Array, "B K M W"] | None,
-) -> Float[Array, "B 1 N H"]:
-    """Attend to all blocks, slot m holding block m: softmax(q · k / √H + bias) v over s ≤ t.
-
-    Args:
-        q: rotated queries.
-        slots: every block, in order.
-        positions: of the queries; −1 gives zeros.
-        bias: added to the logits, f32.
-    """
-    batch, _, heads, dim = q.shape
-    kv_heads, num_blocks, block_size = slots.shape[1], slots.shape[2], slots.shape[4]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum(
-        "bkgh,bkmwh->bkgmw", grouped, slots[:, :, :, 0], preferred_element_type=jnp.float32
-    ) * (dim**-0.5)
-    if bias is not None:
-        logits = logits + bias[:, :, None]
-    token = jnp.arange(num_blocks * block_size).reshape(1, 1, 1, num_blocks, block_size)
-    seen = token <= positions[:, None, None, None, None]
-    logits = jnp.where(seen, logits, LOWEST)
-    top = jnp.max(logits, axis=(-2, -1), keepdims=True)
-    mass = jnp.where(seen, jnp.exp(logits - top), 0.0)
-    total = jnp.sum(mass, axis=(-2, -1))[..., None]
-    values = slots[:, :, :, 1]
-    out = jnp.einsum(
-        "bkgmw,bkmwh->bkgh", mass.astype(values.dtype), values, preferred_element_type=jnp.float32
+    return after, Stepped(
+        logits=model.logits(x)[:, 0],
+        choices=tuple(blocks.choices[layer] for layer in sorted(blocks.choices)),
+        counts=jnp.stack(counts),
+        tails=tuple(blocks.tails) if isinstance(blocks, _OffloadedBlocks) else (),
     )
-    out = out / jnp.where(total > 0.0, total, 1.0)
-    return out.reshape(batch, 1, heads, dim).astype(q.dtype)
 
 
-def finish_layer(
-    block: DecoderLayer,
-    plan: Plan,
-    x: Float[Array, "B 1 D"],
-    begun: Begun,
-    kv: LayerKV,
-    places: Places,
-    now: Now,
-) -> tuple[Float[Array, "B 1 D"], LayerKV]:
-    """Run the second half of a layer: append to the tail, attend, output, MLP.
-
-    Args:
-        block: the layer.
-        plan: the rule.
-        x: the layer's input.
-        begun: its first half.
-        kv: its state; every chosen block stands in its slot.
-        places: where the chosen blocks stand.
-        now: the step.
-    """
-    with jax.named_scope("append_kv"):
-        kv = append_tokens(kv, begun.k, begun.v, begun.importance, places.tail, now.positions)
-    bias = kv.importance
-    if bias is not None and plan.parity is not None:  # the original drops it in dense attention
-        dense = now.attend_all[:, None, None, None] | (plan.selector is None)
-        bias = jnp.where(dense, 0.0, bias)
-        if plan.parity == "reference_fast_engine":  # it scales q · k + bias instead of q · k
-            bias = bias * plan.config.head_dim**-0.5
-    if plan.selector is None:
-        y = attend_every_slot(begun.q, kv.slots, now.positions, bias)
-    else:
-        with jax.named_scope("sparse_decode"):
-            q = begun.q[:, 0]
-            y = pallas_kernels.sparse_decode(
-                q, kv.slots, places.slots, places.ids, now.positions, bias=bias, bias_order="block"
-            )[:, None]
-    return block.finish(x, y), kv
-
-
-def resident_places(plan: Plan, ids: Int[Array, "B K J"] | None, now: Now) -> Places:
-    """Say where blocks stand when slot m holds block m."""
-    kv_heads = plan.config.kv_heads
-    tail = jnp.where(now.own >= 0, now.own, NO_SLOT)[:, None]
-    if ids is None:
-        ids = jnp.zeros((now.own.shape[0], kv_heads, 0), jnp.int32)
-    return Places(ids=ids, slots=ids, tail=jnp.broadcast_to(tail, (tail.shape[0], kv_heads)))
-
-
-def _count_read(plan: Plan, ids: Int[Array, "B K J"] | None, now: Now) -> Int[Array, " 3"]:
-    """Count the blocks that a resident layer reads; nothing is fetched or evicted."""
-    if ids is None:
-        read = jnp.sum(now.own + 1, dtype=jnp.int32) * plan.config.kv_heads
-    else:
-        read = jnp.sum(ids >= 0, dtype=jnp.int32)
-    return jnp.stack([read, jnp.int32(0), jnp.int32(0)])
+def _options() -> dict[str, typing.Any]:
+    """Give the compiler options of a step: bf16 rounds as written, fetches run beside matmuls."""
+    return EXACT | (compiler_options() or {})
 
 
 @functools.lru_cache(maxsize=32)
-def resident_program(layout: Layout, plan: Plan) -> Callable:
-    """Compile the decode step of a resident cache: all layers, unrolled, the state donated."""
+def step_program(layout: Layout, way: Way) -> Callable:
+    """Compile the step that is given its tokens: (state, parts, records, tokens, active)."""
 
-    def step(
-        state: KVState, parts: Parts, tokens: Array, active: Array
-    ) -> tuple[KVState, Array, tuple[Array, ...], Array]:
+    def run(
+        state: KVState, parts: Parts, records: list[Array], tokens: Array, active: Array
+    ) -> tuple[KVState, Stepped]:
+        return run_step(layout.merge(parts), way, state, records, tokens, active)
+
+    return jax.jit(run, donate_argnums=0, compiler_options=_options())
+
+
+@functools.lru_cache(maxsize=32)
+def draw_program(layout: Layout, way: Way, draw: Draw) -> Callable:
+    """Compile the step that draws its tokens: (state, parts, records, rows, key)."""
+
+    def run(
+        state: KVState, parts: Parts, records: list[Array], rows: Rows, key: PRNGKeyArray | None
+    ) -> tuple[KVState, Rows, Array, tuple[Array, ...]]:
         model = layout.merge(parts)
-        x, now = open_step(model, tokens, active, state.lengths, state.reach, state.step)
-        num_blocks = state.layers[0].slots.shape[2]
-        summaries = {layer: kv.summary for layer, kv in enumerate(state.layers)}
-        choices: dict[int, Array] = {}
-        probes: dict[int, Probe] = {}
-        layers, counts = [], []
-        for layer, block in enumerate(model.layers):
-            with jax.named_scope(f"layer_{layer}"):
-                begun, summary, made, waiting = begin_layer(
-                    model, plan, layer, x, now, num_blocks, summaries, probes.pop(layer, None)
-                )
-                choices |= made
-                probes |= waiting
-                kv = dataclasses.replace(state.layers[layer], summary=summary)
-                ids = choices.get(layer)
-                x, kv = finish_layer(
-                    block, plan, x, begun, kv, resident_places(plan, ids, now), now
-                )
-            layers.append(kv)
-            counts.append(_count_read(plan, ids, now))
-        after = KVState(
-            layers=layers,
-            lengths=jnp.where(active, state.lengths + 1, state.lengths),
-            reach=state.reach,
-            step=state.step + 1,
-        )
-        ids = tuple(choices[layer] for layer in sorted(choices))
-        return after, model.logits(x)[:, 0], ids, jnp.stack(counts)
+        state, done = run_step(model, way, state, records, rows.tokens, rows.active)
+        with jax.named_scope("draw"):
+            rows = draw_tokens(done.logits, rows, state.lengths, key, draw=draw)
+        return state, rows, done.counts, done.tails
 
-    return jax.jit(step, donate_argnums=0, compiler_options=EXACT)
+    return jax.jit(run, donate_argnums=0, compiler_options=_options())
 
 
-class ResidentDecoder:
-    """Decodes with every block on the device: one jitted step for all layers.
+class Decoder:
+    """Decodes by one program a step, K and V resident or in host memory.
 
     Args:
         layout: of the model.
         parts: its weights.
         plan: the rule.
         state: after prefill; taken over.
+        host: the records of the prompts; `None` when everything is resident.
+        has_lookahead: see `Way`.
     """
 
-    def __init__(self, layout: Layout, parts: Parts, plan: Plan, state: KVState) -> None:
-        self._parts = parts
-        self._program = resident_program(layout, plan)
-        self.state = state
+    def __init__(
+        self,
+        layout: Layout,
+        parts: Parts,
+        plan: Plan,
+        state: KVState,
+        host: HostKV | None = None,
+        *,
+        has_lookahead: bool = True,
+    ) -> None:
         self.choices: tuple[Int[Array, "B K J"], ...] = ()
+        writes_host = host is not None and jax.default_backend() != "cpu"
+        if writes_host:
+            layers = [
+                dataclasses.replace(kv, receipt=jnp.zeros((1,), jnp.int32)) for kv in state.layers
+            ]
+            state = state.replace(layers=layers)
+        self.state = state
+        self._layout, self._parts, self._host = layout, parts, host
+        self._way = Way(
+            plan=plan,
+            is_offloaded=host is not None,
+            has_lookahead=has_lookahead,
+            writes_host=writes_host,
+        )
+        layers = range(plan.config.layers)
+        self._records = [] if host is None else [host.operand(layer) for layer in layers]
 
     def step(
         self, tokens: Int[Array, " B"], active: Bool[Array, " B"]
@@ -369,11 +312,53 @@ class ResidentDecoder:
             Logits, f32, and for each layer the blocks resident, fetched and evicted. The chosen
             block ids are kept in `choices`.
         """
-        self.state, logits, self.choices, counts = self._program(
-            self.state, self._parts, tokens, active
-        )
-        return logits, counts
+        program = step_program(self._layout, self._way)
+        held = self._held_before(active)
+        self.state, done = program(self.state, self._parts, self._records, tokens, active)
+        self.choices = done.choices
+        self._store(done.tails, held)
+        return done.logits, done.counts
+
+    def advance(
+        self, rows: Rows, key: PRNGKeyArray | None, draw: Draw
+    ) -> tuple[Rows, Int[Array, "L 3"]]:
+        """Feed the newest token of each active row and draw the next, on the device.
+
+        Args:
+            rows: of the batch; not donated.
+            key: of the whole call; `None` when greedy.
+            draw: how tokens are drawn.
+
+        Returns:
+            The rows after, and the counts as in `step`.
+        """
+        program = draw_program(self._layout, self._way, draw)
+        held = self._held_before(rows.active)
+        self.state, rows, counts, tails = program(self.state, self._parts, self._records, rows, key)
+        self._store(tails, held)
+        return rows, counts
+
+    def _held_before(self, active: Bool[Array, " B"]) -> Int[np.ndarray, " B"] | None:
+        """Tell where each row writes, −1 if nowhere; `None` where the device stores blocks."""
+        if self._host is None or self._way.writes_host:
+            return None
+        return np.where(np.asarray(active), np.asarray(self.state.lengths), -1)
+
+    def _store(self, tails: Sequence[Array], held: Int[np.ndarray, " B"] | None) -> None:
+        """Write the blocks that a step completed to their records, once it has read them."""
+        if held is None or self._host is None:
+            return
+        block_size = self._way.plan.config.sparse.block_size
+        rows = np.flatnonzero((held >= 0) & ((held + 1) % block_size == 0))
+        jax.block_until_ready(tails)  # a program that runs may still read the records
+        if rows.size:
+            for layer, records in enumerate(tails):
+                blocks = held[rows] // block_size
+                self._host.write(layer, rows, blocks, np.asarray(records)[rows])
 
     def close(self) -> None:
-        """Forget the state."""
-        del self.state
+        """Wait for the step under way, forget the state and the records."""
+        if hasattr(self, "state"):
+            jax.block_until_ready(self.state)
+            del self.state
+            self._records = []

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparda_jax.chunk import Plan, targets_of
-from sparda_jax.decode import (
+from sparda_jax.decode_layer import (
     Begun,
     Now,
     begin_layer,
@@ -28,12 +28,12 @@ from sparda_jax.decode import (
     finish_layer,
     open_step,
 )
-from sparda_jax.kv.fetch import Fetch
 from sparda_jax.kv.fetch_device_put import DevicePut, Fetched
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, insert_records, take_tail
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
+from sparda_jax.sampling import Draw, Rows, draw_tokens
 from sparda_jax.selectors import KeySummary, Probe
 
 
@@ -110,6 +110,7 @@ def close_program(layout: Layout) -> Callable:
 
 _insert_records = jax.jit(insert_records, donate_argnums=0)
 _take_tail = jax.jit(take_tail)
+_draw_tokens = jax.jit(draw_tokens, static_argnames="draw")
 
 
 class StagedDecoder:
@@ -121,7 +122,6 @@ class StagedDecoder:
         plan: the rule; it has a selector.
         state: after prefill; taken over.
         host: the records of the prompts.
-        fetch: how missing blocks move.
     """
 
     def __init__(
@@ -131,8 +131,6 @@ class StagedDecoder:
         plan: Plan,
         state: KVState,
         host: HostKV,
-        *,
-        fetch: Fetch = "device_put",
     ) -> None:
         self.state = state
         self.choices: tuple[Int[Array, "B K J"], ...] = ()
@@ -142,7 +140,6 @@ class StagedDecoder:
         pool = state.layers[0].pool
         assert pool is not None  # a resident layer has none
         num_blocks = pool.table.shape[2]
-        assert fetch == "device_put", fetch
         self._mover = DevicePut(host, slots, plan.width)
         layers = range(plan.config.layers)
         self._made = {layer: choices_made_at(plan, layer) for layer in layers}
@@ -200,6 +197,22 @@ class StagedDecoder:
         self.state = KVState(layers=state.layers, lengths=lengths, reach=state.reach, step=step)
         self.choices = tuple(plans[layer].places.ids for layer in sorted(plans))
         return logits, jnp.stack([plans[layer].counts for layer in sorted(plans)])
+
+    def advance(
+        self, rows: Rows, key: PRNGKeyArray | None, draw: Draw
+    ) -> tuple[Rows, Int[Array, "L 3"]]:
+        """Feed the newest token of each active row and draw the next.
+
+        Args:
+            rows: of the batch.
+            key: of the whole call; `None` when greedy.
+            draw: how tokens are drawn.
+
+        Returns:
+            The rows after, and the counts as in `step`.
+        """
+        logits, counts = self.step(rows.tokens, rows.active)
+        return _draw_tokens(logits, rows, self.state.lengths, key, draw=draw), counts
 
     def _begin_layer(
         self,

@@ -7,7 +7,6 @@ the others go on. What a request gets does not depend on which others share its 
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
@@ -15,12 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from sparda_jax.capacity import KVPlace, Prompt
 from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
-from sparda_jax.sampling import GREEDY, Sampling, request_keys, sample_tokens
+from sparda_jax.sampling import GREEDY, Draw, Rows, Sampling, draw_tokens
 from sparda_jax.selectors import Selector
 from sparda_jax.session import Session
 from sparda_jax.shapes import Mode, Parity
@@ -80,42 +79,19 @@ class Generation:
         return decoded / self.decode_seconds if self.decode_seconds > 0.0 else 0.0
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "eos_ids"))
-def next_tokens(
-    logits: Float[Array, "B V"],
-    active: Bool[Array, " B"],
-    positions: Int[Array, " B"],
-    key: PRNGKeyArray | None,
-    *,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, " B"], Bool[Array, " B"], Int[Array, " B"]]:
-    """Draw the next tokens and mark the rows that go on.
-
-    Args:
-        logits: of each row.
-        active: rows still being continued.
-        positions: of the tokens to draw.
-        key: of the whole call; `None` when greedy.
-        sampling: how to draw.
-        eos_ids: tokens that end a row.
-
-    Returns:
-        The tokens (0 in rows that had ended), the rows that go on, and the next positions.
-    """
-    requests = jnp.arange(logits.shape[0])
-    keys = None if key is None else request_keys(key, requests, positions)
-    tokens = jnp.where(active, sample_tokens(logits, sampling, keys), 0)
-    goes_on = active
-    for end in eos_ids:
-        goes_on = goes_on & (tokens != end)
-    return tokens, goes_on, positions + active.astype(positions.dtype)
+_draw_tokens = jax.jit(draw_tokens, static_argnames="draw")
 
 
 class _Record:
     """Collects what the rows give, as their tokens reach the host."""
 
-    def __init__(self, session: Session, on_step: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        on_step: Callable[[Progress], None] | None,
+        ends: tuple[int, ...],
+    ) -> None:
+        self._ends = ends
         self.tokens: list[list[int]] = [[] for _ in range(session.batch)]
         self.reasons: list[FinishReason] = ["length"] * session.batch
         self._session, self._on_step = session, on_step
@@ -133,7 +109,7 @@ class _Record:
         self._count += 1
         for row in np.flatnonzero(active):
             self.tokens[row].append(int(tokens[row]))
-            if not goes_on[row]:
+            if not goes_on[row] and int(tokens[row]) in self._ends:
                 self.reasons[row] = "eos"
         if self._on_step is None:
             return
@@ -149,6 +125,14 @@ class _Record:
                 bytes_fetched=0 if traffic is None else int(traffic.fetched_bytes.sum()),
             )
         )
+
+
+def _announce(before: Rows, drawn: Rows) -> tuple[Array, Array, Array]:
+    """Send what a draw gave to the host, without waiting: tokens, who drew, who goes on."""
+    told = (drawn.tokens, before.active, drawn.active)
+    for array in told:
+        array.copy_to_host_async()
+    return told
 
 
 def generate(
@@ -208,8 +192,7 @@ def generate(
     """
     if key is None and not sampling.is_greedy:
         raise ValueError(f"{sampling=} draws at random, so it needs a key; got key=None")
-    ends = tuple(sorted({int(end) for end in eos_ids}))
-    draw = functools.partial(next_tokens, key=key, sampling=sampling, eos_ids=ends)
+    draw = Draw(sampling=sampling, eos_ids=tuple(sorted({int(end) for end in eos_ids})))
     started = time.perf_counter()
     with Session(
         model,
@@ -224,13 +207,17 @@ def generate(
         prefill_chunk=prefill_chunk,
         prefill_rows=prefill_rows,
     ) as session:
-        record = _Record(session, on_step)
-        positions = jnp.array(session.lengths)
-        active = jnp.ones((session.batch,), bool)
-        tokens, goes_on, positions = draw(session.prefill(), active, positions)
+        record = _Record(session, on_step, draw.eos_ids)
+        rows = Rows(
+            tokens=jnp.zeros((session.batch,), jnp.int32),
+            active=jnp.ones((session.batch,), bool),
+            left=jnp.full((session.batch,), max_new_tokens, jnp.int32),
+            requests=jnp.arange(session.batch, dtype=jnp.int32),
+        )
+        drawn = _draw_tokens(session.prefill(), rows, jnp.array(session.lengths), key, draw=draw)
         # The device runs ahead by one step where nothing of a step needs the host.
-        ahead = 1 if session.place == "resident" else 0
-        waiting = [(tokens, active, goes_on)]
+        ahead = 0 if session.fetch == "device_put" else 1
+        waiting = [_announce(rows, drawn)]
         first = None
         for _ in range(max_new_tokens - 1):
             if len(waiting) > ahead:
@@ -239,10 +226,8 @@ def generate(
                 first = first or time.perf_counter()
                 if not entry[2].any():
                     break
-            active = goes_on
-            logits = session.step(tokens, active)
-            tokens, goes_on, positions = draw(logits, active, positions)
-            waiting.append((tokens, active, goes_on))
+            rows, drawn = drawn, session.advance(drawn, key, draw)
+            waiting.append(_announce(rows, drawn))
         for entry in jax.device_get(waiting):
             if entry[1].any():
                 record.take(*entry)

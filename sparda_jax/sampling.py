@@ -8,10 +8,12 @@ the batch.
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 Keys = Key[Array, " B"] | UInt32[Array, "B words"]
 """One key a row, typed or as words."""
@@ -129,3 +131,74 @@ def sample_tokens(
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """What all rows of a batch share when their next tokens are drawn.
+
+    Attributes:
+        sampling: how.
+        eos_ids: tokens that end a row.
+    """
+
+    sampling: Sampling = GREEDY
+    eos_ids: tuple[int, ...] = ()
+
+
+@typing.no_type_check
+@struct.dataclass
+class Rows:
+    """What the device knows of the requests that a batch continues.
+
+    Attributes:
+        tokens: the newest token of each, not yet fed.
+        active: rows that go on: their newest token will be fed.
+        left: tokens that each may still draw.
+        requests: number of each request, for its keys.
+    """
+
+    tokens: Int[Array, " B"]
+    active: Bool[Array, " B"]
+    left: Int[Array, " B"]
+    requests: Int[Array, " B"]
+
+
+def draw_tokens(
+    logits: Float[Array, "B V"],
+    rows: Rows,
+    positions: Int[Array, " B"],
+    key: PRNGKeyArray | None,
+    *,
+    draw: Draw,
+) -> Rows:
+    """Draw the next token of each active row, and mark the rows that go on.
+
+    Args:
+        logits: f32.
+        rows: before.
+        positions: of the tokens to draw.
+        key: of the whole call; `None` when greedy.
+        draw: how, and what ends a row.
+
+    Returns:
+        The rows after: token 0 where a row had ended; a row ends with one of `eos_ids` or with the
+        last token that it may draw.
+
+    Example:
+        >>> on = jnp.array([True, True, False])
+        >>> two, number = jnp.array([2, 1, 2]), jnp.arange(3)
+        >>> rows = Rows(tokens=jnp.zeros(3, jnp.int32), active=on, left=two, requests=number)
+        >>> drawn = draw_tokens(jnp.eye(3), rows, jnp.zeros(3, jnp.int32), None, draw=Draw())
+        >>> drawn.tokens.tolist(), drawn.active.tolist()
+        ([0, 1, 0], [True, False, False])
+    """
+    keys = None
+    if not draw.sampling.is_greedy and key is not None:
+        keys = request_keys(key, rows.requests, positions)
+    tokens = jnp.where(rows.active, sample_tokens(logits, draw.sampling, keys), 0)
+    left = rows.left - rows.active.astype(rows.left.dtype)
+    goes_on = rows.active & (left > 0)
+    for end in draw.eos_ids:
+        goes_on = goes_on & (tokens != end)
+    return Rows(tokens=tokens, active=goes_on, left=left, requests=rows.requests)

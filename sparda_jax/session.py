@@ -7,12 +7,13 @@ then takes one token of each row at a time. The tokens may be sampled or given (
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparda_jax.capacity import (
     KVPlace,
@@ -24,7 +25,7 @@ from sparda_jax.capacity import (
     round_capacity,
 )
 from sparda_jax.chunk import Plan, make_plan
-from sparda_jax.decode import ResidentDecoder
+from sparda_jax.decode import Decoder
 from sparda_jax.decode_staged import StagedDecoder
 from sparda_jax.errors import CapacityError
 from sparda_jax.kv.fetch import resolve_fetch
@@ -34,9 +35,11 @@ from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import cut
 from sparda_jax.prefill import Prefilled, chunk_tokens, prefill
+from sparda_jax.sampling import Draw, Rows
 from sparda_jax.selectors import Selector, resolve
 from sparda_jax.shapes import Mode, Parity
 
+_LOG = logging.getLogger(__name__)
 _seed_resident = jax.jit(seed_resident, static_argnames="block_size")
 _seed_slots = jax.jit(seed_slots, static_argnames=("slots", "block_size"))
 
@@ -117,14 +120,15 @@ class Session:
             self._prefill_plan = dataclasses.replace(self.plan, selector=chosen)
         self.slots = self._count_slots(slots)
         if self.place == "offload":
-            self.fetch = resolve_fetch(fetch)
+            self.fetch = resolve_fetch(fetch, config)
+            self._may_fall_back = fetch is None
         elif fetch is not None:
             raise ValueError(f"{fetch=} has nothing to fetch: K and V are resident; kv={kv!r}")
         else:
             self.fetch = None
         self._layout, self._parts = cut(model)
         self._host: HostKV | None = None
-        self._decoder: ResidentDecoder | StagedDecoder | None = None
+        self._decoder: Decoder | StagedDecoder | None = None
         self._counts: list[Int[Array, "L 3"]] = []
         self._counted: list[Int[np.ndarray, "L 3"]] = []
         self._allowed = self._left = max_new_tokens
@@ -180,7 +184,7 @@ class Session:
         if self._decoder is not None or self._host is not None:
             raise ValueError("prefill runs once; open another session for other prompts")
         if self.place == "offload":
-            self._host = HostKV(self.config, self.batch, self.capacity)
+            self._host = self._open_host()
         groups, logits = [], []
         for first in range(0, self.batch, self._rows):
             rows = list(range(first, min(first + self._rows, self.batch)))
@@ -193,18 +197,22 @@ class Session:
             reach=jnp.array(self._reach),
             step=jnp.array(1, jnp.int32),
         )
-        if self._host is None:
-            self._decoder = ResidentDecoder(self._layout, self._parts, self.plan, state)
+        common = (self._layout, self._parts, self.plan, state)
+        if self._host is not None and self.fetch == "device_put":
+            self._decoder = StagedDecoder(*common, self._host)
         else:
-            self._decoder = StagedDecoder(
-                self._layout,
-                self._parts,
-                self.plan,
-                state,
-                self._host,
-                fetch=resolve_fetch(self.fetch),
-            )
+            self._decoder = Decoder(*common, self._host)
         return logits[0] if len(logits) == 1 else jnp.concatenate(logits)
+
+    def _open_host(self) -> HostKV:
+        """Open the host memory; where kernels cannot see it, an open choice moves by copies."""
+        needs_lock = self.fetch == "in_graph" and jax.default_backend() != "cpu"
+        lock = "require" if needs_lock and not self._may_fall_back else "auto"
+        host = HostKV(self.config, self.batch, self.capacity, page_lock=lock)
+        if needs_lock and host.unlocked_reason is not None:
+            _LOG.warning("fetch='device_put', because %s", host.unlocked_reason)
+            self.fetch = "device_put"
+        return host
 
     def _prefill_rows(self, rows: list[int]) -> tuple[list[LayerKV], Float[Array, "B V"]]:
         """Prefill some of the prompts; a short last group is padded with empty rows."""
@@ -253,7 +261,7 @@ class Session:
                 )
         return layers
 
-    def _opened(self) -> ResidentDecoder | StagedDecoder:
+    def _opened(self) -> Decoder | StagedDecoder:
         if self._decoder is None:
             raise ValueError("this needs a prefilled, open session: call prefill first")
         return self._decoder
@@ -275,20 +283,43 @@ class Session:
             CapacityError: more tokens than `max_new_tokens` were fed.
             ValueError: before `prefill`, or after `close`.
         """
+        decoder = self._take_turn()
+        tokens = jnp.asarray(tokens).astype(jnp.int32)
+        if active is None:
+            active = jnp.ones((self.batch,), bool)
+        logits, counts = decoder.step(tokens, jnp.asarray(active))
+        self._note(counts)
+        return logits
+
+    def advance(self, rows: Rows, key: PRNGKeyArray | None, draw: Draw) -> Rows:
+        """Feed the newest token of each active row and draw the next, all on the device.
+
+        Args:
+            rows: the batch: what prefill's logits gave, or the call before.
+            key: of the whole call; `None` when greedy.
+            draw: how tokens are drawn.
+
+        Raises:
+            CapacityError: more tokens than `max_new_tokens` were fed.
+            ValueError: before `prefill`, or after `close`.
+        """
+        rows, counts = self._take_turn().advance(rows, key, draw)
+        self._note(counts)
+        return rows
+
+    def _take_turn(self) -> Decoder | StagedDecoder:
         decoder = self._opened()
         if self._left == 0:
             raise CapacityError(
                 f"all {self._allowed} of max_new_tokens have been fed; open the session with more"
             )
         self._left -= 1
-        tokens = jnp.asarray(tokens).astype(jnp.int32)
-        if active is None:
-            active = jnp.ones((self.batch,), bool)
-        logits, counts = decoder.step(tokens, jnp.asarray(active))
+        return decoder
+
+    def _note(self, counts: Int[Array, "L 3"]) -> None:
         self._counts.append(counts)
         if len(self._counts) == 64:
             self._drain()
-        return logits
 
     @property
     def lengths(self) -> Int[np.ndarray, " B"]:

@@ -2,48 +2,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door to moving blocks: a name is a promise, and a refusal has a reason."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-Fetch = Literal["device_put"]
-"""How missing records come to the device. `device_put`: gathered into staging memory on the host
-and copied one layer ahead."""
+import jax
 
-_KNOWN = ("in_graph", *get_args(Fetch))
+from pallas_kernels import _backend
+from pallas_kernels.gather_blocks.config import Tiles
+from pallas_kernels.gather_blocks.mosaic_gpu import shape_reason
+from sparda_jax.config import ModelConfig
+
+Fetch = Literal["in_graph", "device_put"]
+"""How missing records come to the device. `in_graph`: a kernel reads host memory inside the one
+program of a step. `device_put`: gathered into staging memory on the host and copied one layer
+ahead, layer by layer."""
 
 
-def unsupported_reason(fetch: str) -> str | None:
-    """Say why a way to fetch cannot be used; `None` if it can.
+def unsupported_reason(fetch: str, config: ModelConfig) -> str | None:
+    """Say why a way to fetch cannot be used for a model here; `None` if it can.
 
     Args:
         fetch: a known name.
+        config: of the model.
 
     Example:
-        >>> unsupported_reason("device_put") is None
+        >>> unsupported_reason("device_put", ModelConfig.shipped()) is None
         True
     """
-    if fetch == "in_graph":
-        return (
-            "fetch='in_graph' needs a kernel that reads host memory inside the step, and this "
-            "version has none; use fetch='device_put'"
-        )
-    return None
+    if fetch == "device_put" or jax.default_backend() == "cpu":
+        return None
+    sparse = config.sparse
+    size = (2, sparse.block_size, config.head_dim)
+    dtype = jax.numpy.dtype(config.dtype)
+    reason = _backend.hopper_reason() or shape_reason(
+        size, dtype, Tiles.default(*size[1:], dtype.itemsize)
+    )
+    if reason is None:
+        return None
+    return f"fetch='in_graph': the kernel that reads host memory {reason}; use fetch='device_put'"
 
 
-def resolve_fetch(fetch: str | None) -> Fetch:
-    """Settle how blocks move: `None` takes `device_put`; a name gets that one or an error.
+def resolve_fetch(fetch: str | None, config: ModelConfig) -> Fetch:
+    """Settle how blocks move: a name gets that one or an error.
+
+    `None` takes `in_graph` on a GPU where it can be used, else `device_put`.
 
     Args:
         fetch: a name, or `None`.
+        config: of the model.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
         NotImplementedError: it cannot be used; the message is the reason.
+
+    Example:
+        >>> resolve_fetch("in_graph", ModelConfig.shipped())
+        'in_graph'
     """
     if fetch is None:
-        return "device_put"
-    if fetch not in _KNOWN:
-        raise ValueError(f"unknown {fetch=}; known: {', '.join(_KNOWN)}")
-    reason = unsupported_reason(fetch)
+        if jax.default_backend() == "cpu" or unsupported_reason("in_graph", config) is not None:
+            return "device_put"
+        return "in_graph"
+    if fetch not in get_args(Fetch):
+        raise ValueError(f"unknown {fetch=}; known: {', '.join(get_args(Fetch))}")
+    reason = unsupported_reason(fetch, config)
     if reason is not None:
         raise NotImplementedError(reason)
-    return "device_put"
+    return cast(Fetch, fetch)

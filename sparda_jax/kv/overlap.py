@@ -11,7 +11,6 @@ commands know no other.
 
 import jax
 from jax import lax
-from jaxtyping import Array
 
 CONCURRENT_COMMANDS = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -25,11 +24,11 @@ def compiler_options() -> dict[str, str] | None:
     return dict(CONCURRENT_COMMANDS) if jax.default_backend() == "gpu" else None
 
 
-def fetch_first(x: Array, fetched: Array) -> tuple[Array, Array]:
+def fetch_first[X, F](x: X, fetched: F) -> tuple[X, F]:
     """Order the fetch before the work on `x`, without making that work wait for it.
 
     Args:
-        x: what the layer computes on next.
+        x: arrays that the layer computes on next.
         fetched: slots that a fetch changes; the layer must not read them.
 
     Returns:

@@ -50,12 +50,15 @@ class LayerKV:
         pool: `None` when everything is resident.
         importance: NOSA's bias per key, f32; `None` for other models.
         summary: the selector's; `None` in dense mode.
+        receipt: of the last write into the layer's host records by a kernel; `None` if no kernel
+            writes there.
     """
 
     slots: Float[Array, "B K R 2 W H"]
     pool: SlotPool | None
     importance: Float[Array, "B K M W"] | None
     summary: KeySummary | None
+    receipt: Int[Array, " 1"] | None = None
 
 
 @typing.no_type_check

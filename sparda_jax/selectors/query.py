@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.pooling import (
     LOWEST,
@@ -137,7 +138,19 @@ class QuerySelector(PooledKeys):
         num_blocks: int,
     ) -> Float[Array, "B T K M"]:
         """Score blocks by summed softmax mass, the max over the cells of each."""
+        sparse = self.config.sparse
+        if self.parity is None:
+            return pallas_kernels.query_scores(
+                probe,
+                summary.pooled,
+                positions,
+                pooled_count(lengths, sparse),
+                num_blocks=num_blocks,
+                pool_size=sparse.pool_size,
+                pool_stride=sparse.pool_stride,
+                block_size=sparse.block_size,
+            )
         visible = self.visible(positions, lengths, summary.pooled.shape[1])
         mass = round_scores(score_by_queries(probe, summary.pooled, visible), self.parity)
         cells = jnp.where(visible[:, :, None, :], mass, LOWEST)
-        return pool_scores(cells, num_blocks, self.config.sparse.cells_per_block)
+        return pool_scores(cells, num_blocks, sparse.cells_per_block)
