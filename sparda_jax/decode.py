@@ -18,17 +18,24 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparda_jax.chunk import Plan
-from sparda_jax.decode_layer import Now, begin_layer, finish_layer, open_step, resident_places
+from sparda_jax.decode_layer import (
+    Begun,
+    Now,
+    begin_layer,
+    finish_layer,
+    open_step,
+    resident_places,
+)
 from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.overlap import compiler_options, fetch_first
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, take_tail
-from sparda_jax.model import SpardaLM
+from sparda_jax.model import DecoderLayer, SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts
 from sparda_jax.sampling import Draw, Rows, draw_tokens
 from sparda_jax.selectors import Probe
@@ -164,6 +171,30 @@ class _OffloadedBlocks(_Blocks):
         return self._plans[layer].counts
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "tree", "plan"))
+def _finish_traced_once(
+    leaves: list[Array],
+    x: Array,
+    begun: Begun,
+    kv: LayerKV,
+    places: Places,
+    now: Now,
+    *,
+    graph: nnx.GraphDef,
+    tree: jax.tree_util.PyTreeDef,
+    plan: Plan,
+) -> tuple[Array, LayerKV]:
+    block = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    return finish_layer(block, plan, x, begun, kv, places, now)
+
+
+def _finish(block: DecoderLayer, plan: Plan, *rest: typing.Any) -> tuple[Array, LayerKV]:
+    """Run the second half of a layer; equal layers of a step are traced and lowered once."""
+    graph, weights = nnx.split(block)
+    leaves, tree = jax.tree.flatten(weights)
+    return _finish_traced_once(leaves, *rest, graph=graph, tree=tree, plan=plan)
+
+
 def run_step(
     model: SpardaLM,
     way: Way,
@@ -209,7 +240,7 @@ def run_step(
                 blocks.slots |= moving
             kv = dataclasses.replace(state.layers[layer], summary=summary)
             kv, places = blocks.bring(layer, kv, begun.q[0, 0, 0, 0].astype(jnp.float32))
-            x, kv = finish_layer(block, way.plan, x, begun, kv, places, now)
+            x, kv = _finish(block, way.plan, x, begun, kv, places, now)
             layers.append(blocks.leave(layer, kv, places))
             counts.append(blocks.count(layer, places))
     after = KVState(

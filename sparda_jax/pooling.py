@@ -7,6 +7,7 @@ sum in token order in f32, so pooling a sequence at once, in chunks or token by 
 bits.
 """
 
+import functools
 import typing
 
 import jax
@@ -75,6 +76,7 @@ def pool_keys(
     return _mean_in_order([k[:, j : j + span : pool_stride] for j in range(pool_size)], k.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="sparse")  # traced once for all layers of a program
 def extend_pooled(
     summary: PooledSummary,
     k: Float[Array, "B T K H"],
