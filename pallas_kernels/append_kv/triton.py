@@ -153,6 +153,7 @@ def _kernel(*refs: Any, names, outputs, pool_stride, block_size, rotate_in, inte
                 made["bias"][row, head, own, offset] = importance
 
 
+@functools.partial(jax.jit, static_argnames=("pool_stride", "rotate_in", "tiles", "interpret"))
 def append_kv_triton(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K H"],

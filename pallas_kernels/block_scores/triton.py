@@ -215,6 +215,18 @@ def _prefill_kernel(
     lax.fori_loop(known, stop, fill, None)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_blocks",
+        "pool_size",
+        "pool_stride",
+        "block_size",
+        "visible",
+        "tiles",
+        "interpret",
+    ),
+)
 def block_scores(
     forecast: Float[Array, "B T K H"],
     pooled: Float[Array, "B C K H"],

@@ -173,6 +173,17 @@ def _mass_kernel(
     plt.store(last_ref.at[here], jnp.max(jnp.where(is_last, windows, 0.0), axis=1))
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_cells",
+        "ratio",
+        "alignment",
+        "scale",
+        "tiles",
+        "interpret",
+    ),
+)
 def teacher_mass(
     q: Float[Array, "B T N H"],
     fine: Float[Array, "B fine K H"],
@@ -337,6 +348,17 @@ def _kl_kernel(
     plt.store(gradient_ref.at[batch, pl.ds(start, rows), kv_head, :], gradient * scale)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "cells_per_block",
+        "entries",
+        "scale",
+        "has_gradient",
+        "tiles",
+        "interpret",
+    ),
+)
 def forecast_kl(
     forecast: Float[Array, "B T K H"],
     pooled: Float[Array, "B C K H"],

@@ -22,6 +22,7 @@ Offsets are counted in records: a transfer takes int32 coordinates (record, part
 64-bit strides, so neither 2^31 numbers nor 2^31 bytes are a limit; 2^31 records are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,6 +160,7 @@ def cut(records: Num[Array, "records 2 W H"], parts: int) -> Num[Array, "records
     return records.reshape(count, parts, two * block_size // parts, head_dim)
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def gather_blocks(
     records: Num[Array, "records 2 W H"],
     source: Int32[Array, " n"],

@@ -187,6 +187,7 @@ def _list_misses(moves_ref, tally_ref, misses_ref, count_ref, counts_ref):
             counts_ref[i] = jnp.sum(tally)
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def plan_fetch(
     ids: Int32[Array, "B K J"],
     table: Int32[Array, "B K M"],

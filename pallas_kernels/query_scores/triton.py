@@ -272,6 +272,18 @@ def _prefill_kernel(
     lax.fori_loop(known, stop, fill, None)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_blocks",
+        "pool_size",
+        "pool_stride",
+        "block_size",
+        "scale",
+        "tiles",
+        "interpret",
+    ),
+)
 def query_scores(
     q: Float[Array, "B T N H"],
     pooled: Float[Array, "B C K H"],

@@ -185,6 +185,18 @@ def _kernel(scores_ref, positions_ref, *refs: Any, queries, kv_heads, rule):
     _write(row, chosen, ids_ref, count_ref, mask_ref, padded=padded, width=width)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "block_size",
+        "sink_blocks",
+        "local_blocks",
+        "selected_blocks",
+        "width",
+        "tiles",
+        "interpret",
+    ),
+)
 def select_blocks(
     scores: Float[Array, "B T K M"],
     positions: Int[Array, "B T"],

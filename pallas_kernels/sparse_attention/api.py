@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door of `sparse_attention`: arguments are checked and laid out here, once."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
@@ -158,6 +160,7 @@ def _pad(x: Array, axis: int, size: int, value: int = 0) -> Array:
     return jnp.pad(x, width, constant_values=value)
 
 
+@functools.partial(jax.jit, static_argnames=("name", "block_size", "scale", "tiles", "interpret"))
 def run_kernel(
     name: str,
     q: Float[Array, "B T N H"],

@@ -170,6 +170,7 @@ def _merge_kernel(shares_ref, logs_ref, out_ref, lse_ref, *, splits):
     lse_ref[row, head] = top + jnp.log(total)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "bias_order", "tiles", "interpret"))
 def sparse_decode_triton(
     q: Float[Array, "B N H"],
     slots: Float[Array, "B K R 2 W H"],

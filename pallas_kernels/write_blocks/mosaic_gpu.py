@@ -19,6 +19,7 @@ is the same.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int32, Num
@@ -51,13 +52,46 @@ def write_blocks(
         tiles: how they are moved.
         interpret: whether to run in the interpreter.
     """
-    moves, pieces = (source, places, count), cut(records, tiles.parts)
-    pump = functools.partial(
-        move_records, has_receipt=True, tiles=tiles, name="write_blocks", interpret=interpret
-    )
     if not interpret:
-        receipt = pump(cut(slots, tiles.parts), pieces, *moves)
+        receipt = _pump(slots, records, source, places, count, tiles=tiles)
         return Written(receipt=receipt, records=records)
-    target = jax.new_ref(pieces)
-    receipt = pump(cut(slots, tiles.parts), target, *moves)
+    target = jax.new_ref(cut(records, tiles.parts))
+    receipt = _move(slots, target, source, places, count, tiles=tiles, interpret=True)
     return Written(receipt=receipt, records=jax.freeze(target).reshape(records.shape))
+
+
+def _move(
+    slots: Num[Array, "slots 2 W H"],
+    target: Any,
+    source: Int32[Array, " n"],
+    places: Int32[Array, " n"],
+    count: Int32[Array, " 1"],
+    *,
+    tiles: Tiles,
+    interpret: bool,
+) -> Int32[Array, " 1"]:
+    return move_records(
+        cut(slots, tiles.parts),
+        target,
+        source,
+        places,
+        count,
+        has_receipt=True,
+        tiles=tiles,
+        name="write_blocks",
+        interpret=interpret,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("tiles",))  # which gives the receipt alone
+def _pump(
+    slots: Num[Array, "slots 2 W H"],
+    records: Num[Array, "records 2 W H"],
+    source: Int32[Array, " n"],
+    places: Int32[Array, " n"],
+    count: Int32[Array, " 1"],
+    *,
+    tiles: Tiles,
+) -> Int32[Array, " 1"]:
+    pieces = cut(records, tiles.parts)
+    return _move(slots, pieces, source, places, count, tiles=tiles, interpret=False)
