@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_UNWANTED = ["*/*", "consolidated*.safetensors"]
+"""The same weights once more, under the names of other programs."""
 
 
 def resolve_folder(path_or_id: str | pathlib.Path) -> pathlib.Path:
@@ -58,11 +60,15 @@ def resolve_folder(path_or_id: str | pathlib.Path) -> pathlib.Path:
             "pip install 'sparda-jax[train]'"
         ) from error
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
+        found = huggingface_hub.snapshot_download(
+            name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+        return pathlib.Path(found)
     except Exception as error:  # network, access and naming errors share no base class
+        why = " ".join(str(error).split())  # in one line
         raise CheckpointError(
-            f"{name} is not a folder and could not be downloaded ({type(error).__name__}: "
-            f"{error}); download it elsewhere and give its folder"
+            f"{name} is not a folder and could not be downloaded ({type(error).__name__}: {why}); "
+            "download it elsewhere and give its folder"
         ) from error
 
 
