@@ -159,7 +159,7 @@ def _plan_row(ids_ref, own_ref, step_ref, *refs: Any, kv_heads, tile_slots, barr
     ref.tally[2, row] = _count(evicts)
 
 
-def _list_misses(moves_ref, tally_ref, misses_ref, count_ref, counts_ref):
+def _list_misses(moves_ref, tally_ref, source_ref, places_ref, count_ref, counts_ref):
     _, rows, width = moves_ref.shape
     row = pl.program_id(0)
     other = lax.iota(jnp.int32, power_of_two(rows))
@@ -172,12 +172,12 @@ def _list_misses(moves_ref, tally_ref, misses_ref, count_ref, counts_ref):
     real = place < mine
     behind = row * width + place
     empty = (place < width) & (behind >= total)
-    for part in range(2):
+    for part, listed_ref in enumerate((source_ref, places_ref)):
         move = plt.load(moves_ref.at[part, row, place], mask=real, other=-1)
         target = _masked(before + place, real, rows * width)
-        plt.store(misses_ref.at[part, target], move, mask=real)
+        plt.store(listed_ref.at[target], move, mask=real)
         target = _masked(behind, empty, rows * width)
-        plt.store(misses_ref.at[part, target], jnp.full_like(place, -1), mask=empty)
+        plt.store(listed_ref.at[target], jnp.full_like(place, -1), mask=empty)
 
     @pl.when(row == 0)
     def _():
@@ -247,10 +247,12 @@ def plan_fetch(
             ages.reshape(rows, num_slots),
         )
     )
-    misses, miss_count, counts = pl.pallas_call(
+    # Two outputs: who reads one of the lists finds a buffer of its own, not a slice to be cut out.
+    source, places, miss_count, counts = pl.pallas_call(
         _list_misses,
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, rows * width), (1,), (3,))
+            jax.ShapeDtypeStruct(shape, jnp.int32)
+            for shape in ((rows * width,), (rows * width,), (1,), (3,))
         ],
         grid=(rows,),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
@@ -263,7 +265,7 @@ def plan_fetch(
         table=done.table.reshape(table.shape),
         slot_blocks=done.slot_blocks.reshape(slot_blocks.shape),
         ages=done.ages.reshape(ages.shape),
-        misses=misses,
+        misses=jnp.stack([source, places]),
         miss_count=miss_count,
         counts=counts,
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from sparda_jax.config import ModelConfig
 from sparda_jax.pooling import (
     LOWEST,
@@ -139,16 +140,27 @@ class NosaSelector:
         """Score the query-aware share above everything, other blocks by their importance."""
         sparse = self.config.sparse
         scores = self.ranker.score_blocks(probe, summary.inner, positions, lengths, num_blocks)
-        pinned = pinned_blocks(positions, num_blocks, sparse)[:, :, None, :]
         block = jnp.arange(num_blocks)[None, None, None, :]
         past = block <= (positions // sparse.block_size)[:, :, None, None]
-        ranked = jnp.where(pinned, jnp.inf, scores)
-        if self.parity is None:
-            ranked = jnp.where(past, ranked, -jnp.inf)
         share = sparse.query_blocks or 0  # never 0: `__post_init__` has seen the configuration
-        wanted = min(sparse.sink_blocks + sparse.local_blocks + share, num_blocks)
-        best, ids = jax.lax.top_k(ranked, wanted)  # [B T K wanted], ties to the lower id
-        ids = jnp.where(best > -jnp.inf, ids, num_blocks)
-        listed = jnp.any(ids[..., None] == block[..., None, :], axis=-2)
+        wanted = sparse.sink_blocks + sparse.local_blocks + share
+        if self.parity is None:
+            choice = pallas_kernels.select_blocks(
+                scores,
+                positions,
+                block_size=sparse.block_size,
+                sink_blocks=sparse.sink_blocks,
+                local_blocks=sparse.local_blocks,
+                selected_blocks=wanted,
+            )
+            block = jnp.arange(num_blocks)
+            bit = (block % 32).astype(jnp.uint32)[None, None, None, :]
+            listed = (choice.mask[..., block // 32] >> bit) & 1 == 1
+        else:
+            pinned = pinned_blocks(positions, num_blocks, sparse)[:, :, None, :]
+            ranked = jnp.where(pinned, jnp.inf, scores)
+            best, ids = jax.lax.top_k(ranked, min(wanted, num_blocks))  # ties to the lower id
+            ids = jnp.where(best > -jnp.inf, ids, num_blocks)
+            listed = jnp.any(ids[..., None] == block[..., None, :], axis=-2)
         importance = jnp.where(past, self.importance_scores(summary, positions, num_blocks), LOWEST)
         return jnp.where(listed, _SHORTLISTED, importance)

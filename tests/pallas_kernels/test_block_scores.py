@@ -380,7 +380,7 @@ def on_gpu(batch, queries, dtype="bfloat16", dim=128, blocks=2048, tiles=None, *
     ).astype(dtype)
     operands = (forecast, pooled, jnp.asarray(positions, jnp.int32), counts)
     call = functools.partial(block_scores, **rule, implementation="triton", tiles=tiles)
-    f = jax.jit(chex.assert_max_traces(n=1)(call))
+    f = jax.jit(chex.assert_max_traces(n=1)(lambda *x: call(*x)))
     got, again = f(*operands), f(*operands)
     np.testing.assert_array_equal(got, again)
     wide = (forecast.astype(jnp.float32), pooled.astype(jnp.float32), *operands[2:])

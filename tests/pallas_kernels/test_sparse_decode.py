@@ -20,8 +20,7 @@ from pallas_kernels.sparse_decode import Tiles, sparse_decode
 from pallas_kernels.sparse_decode import triton as kernel
 from pallas_kernels.sparse_decode.config import work
 from pallas_kernels.sparse_decode.reference import LOWEST
-from sparda_jax.attention import attend_records
-from sparda_jax.decode import attend_every_slot
+from sparda_jax.attention import attend_dense, attend_records
 from sparda_jax.testing import (
     assert_close_bfloat16,
     assert_close_float32,
@@ -194,7 +193,9 @@ def test_all_blocks_in_order_are_dense_attention(key):
     (q, slots, _, _, positions), _ = make(key, batch)
     slots = jnp.where(jnp.isnan(slots), 0.0, slots)
     ids = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 2, 6))
-    want = attend_every_slot(q[:, None], slots, positions, None)[:, 0]
+    keys, values = (jnp.moveaxis(slots[:, :, :, i], 1, 3) for i in range(2))  # [B R W K H]
+    keys, values = (x.reshape(2, -1, *x.shape[3:]) for x in (keys, values))
+    want = attend_dense(q[:, None], keys, values, positions[:, None])[:, 0]
     got, _ = by_reference((q, slots, ids, ids, positions))
     assert_close_float32(got, want)
     got, _ = interpreted((q, slots, ids, ids, positions), None, None, Tiles(tile_kv=16))

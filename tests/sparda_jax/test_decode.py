@@ -4,16 +4,15 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparda_jax.attention import attend_dense, block_bias, block_records
 from sparda_jax.chunk import make_plan
-from sparda_jax.decode import attend_every_slot, choices_made_at, scores_early
+from sparda_jax.decode_layer import Now, choices_made_at, resident_places, scores_early
 from sparda_jax.model import forward
+from sparda_jax.rope import Rope
 from sparda_jax.selectors import ForecastSelector
 from sparda_jax.session import Session
 from sparda_jax.testing import assert_close_float32, tiny_config, tiny_model
@@ -136,17 +135,14 @@ def test_a_row_that_is_not_active_keeps_its_state():
         assert np.all(np.asarray(session.choices[0])[1] == -1)
 
 
-def test_all_slots_attend_as_dense_attention_does(key):
-    keys = jax.random.split(key, 4)
-    q = jax.random.normal(keys[0], (2, 1, 4, 8))
-    k, v = (jax.random.normal(part, (2, 24, 2, 8)) for part in keys[1:3])
-    bias = jax.random.normal(keys[3], (2, 24, 2))
-    at = jnp.array([17, -1])
-    got = attend_every_slot(q, block_records(k, v, 8), at, block_bias(bias, 8))
-    want = attend_dense(q, k, v, at[:, None], bias)
-    assert_close_float32(got, want)
-    assert not np.any(np.asarray(got[1]))
-    chex.assert_shape(got, q.shape)
+def test_without_a_choice_every_block_up_to_the_own_one_is_read():
+    plan = make_plan(tiny_config(), "dense", max_length=64)
+    positions = jnp.array([17, -1])
+    rope = Rope(positions=positions[:, None], cos=None, sin=None)
+    now = Now(rope=rope, lengths=None, own=jnp.array([2, -1]), attend_all=None, step=None)
+    places = resident_places(plan, None, now, 4)
+    assert places.ids[:, 0].tolist() == [[0, 1, 2, -1], [-1, -1, -1, -1]]
+    assert places.tail.tolist() == [[2, 2], [-1, -1]]
 
 
 def test_a_later_layer_chooses_for_itself_where_windows_outreach_the_pinned_blocks():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sparda_jax.errors import CapacityError
-from sparda_jax.generate import generate, next_tokens
+from sparda_jax.generate import generate
 from sparda_jax.model import forward
-from sparda_jax.sampling import GREEDY, Sampling
+from sparda_jax.sampling import Draw, Rows, Sampling, draw_tokens
 from sparda_jax.testing import tiny_model
 
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in (45, 3, 30)]
@@ -125,12 +125,16 @@ def test_one_token_from_one_token(model):
     assert got.tokens_per_s == 0.0
 
 
-def test_ended_rows_draw_nothing_and_keep_their_place():
-    logits = jnp.array([[0.0, 5.0], [5.0, 0.0], [0.0, 5.0]])
-    active = jnp.array([True, True, False])
-    tokens, goes_on, positions = next_tokens(
-        logits, active, jnp.array([3, 4, 5]), None, sampling=GREEDY, eos_ids=(0,)
+def test_rows_end_by_an_end_token_or_their_last_token_and_then_draw_nothing():
+    logits = jnp.array([[0.0, 5.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
+    rows = Rows(
+        tokens=jnp.zeros((4,), jnp.int32),
+        active=jnp.array([True, True, False, True]),
+        left=jnp.array([9, 9, 9, 1]),
+        requests=jnp.arange(4),
     )
-    assert tokens.tolist() == [1, 0, 0]
-    assert goes_on.tolist() == [True, False, False]
-    assert positions.tolist() == [4, 5, 5]
+    drawn = draw_tokens(logits, rows, jnp.full((4,), 3), None, draw=Draw(eos_ids=(0,)))
+    assert drawn.tokens.tolist() == [1, 0, 0, 1]
+    assert drawn.active.tolist() == [True, False, False, False]
+    assert drawn.left.tolist() == [8, 8, 9, 0]
+    assert drawn.requests.tolist() == [0, 1, 2, 3]

@@ -15,7 +15,7 @@ import pytest
 import sparda_jax
 from sparda_jax.chunk import make_plan
 from sparda_jax.config import SparseConfig
-from sparda_jax.decode import Begun, Now, finish_layer
+from sparda_jax.decode_layer import Begun, Now, finish_layer
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import LayerKV
 from sparda_jax.rope import make_rope

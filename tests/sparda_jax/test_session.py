@@ -99,9 +99,30 @@ def test_arguments_that_contradict_each_other_are_refused(model, options, messag
         Session(model, prompts(), max_new_tokens=1, **options)
 
 
-def test_a_fetch_that_does_not_exist_yet_says_why(model):
-    with pytest.raises(NotImplementedError, match="in_graph"):
-        Session(model, prompts(), max_new_tokens=1, kv="offload", fetch="in_graph")
+def test_an_unknown_fetch_is_refused_before_work_starts(model):
+    with pytest.raises(ValueError, match="unknown fetch='dma'; known: in_graph, device_put"):
+        Session(model, prompts(), max_new_tokens=1, kv="offload", fetch="dma")
+
+
+def test_an_open_choice_falls_to_copies_where_kernels_cannot_see_the_memory(
+    model, monkeypatch, caplog
+):
+    asked = []
+    real = session_module.HostKV
+
+    def unlocked(*arguments, page_lock):
+        asked.append(page_lock)
+        return real(*arguments, page_lock="never")
+
+    monkeypatch.setattr(session_module, "HostKV", unlocked)
+    monkeypatch.setattr(session_module, "resolve_fetch", lambda fetch, config: "in_graph")
+    monkeypatch.setattr(session_module.jax, "default_backend", lambda: "gpu")
+    for fetch in (None, "in_graph"):
+        session = Session(model, prompts(), max_new_tokens=1, kv="offload", fetch=fetch)
+        session._open_host().close()
+        assert session.fetch == "device_put"
+    assert asked == ["auto", "require"]  # a name is a promise: HostKV raises the reason
+    assert "fetch='device_put', because" in caplog.text
 
 
 def test_feeding_more_than_was_asked_for_is_refused(model):

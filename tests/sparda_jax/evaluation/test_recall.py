@@ -35,39 +35,42 @@ def measure(model=MODEL, tokens=TOKENS, lengths=LENGTHS, selectors=SELECTORS, mo
     return compiled(selectors, mode)(model, tokens, lengths)
 
 
-FOUND = measure()
+@pytest.fixture(scope="module")
+def found():
+    """Measure once; not while tests are collected."""
+    return measure()
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_recall_and_overlap_lie_between_zero_and_one(name):
-    for values in (FOUND[name].recall(), FOUND[name].overlap()):
+def test_recall_and_overlap_lie_between_zero_and_one(name, found):
+    for values in (found[name].recall(), found[name].overlap()):
         assert values.shape == (3, 2)
         assert ((values > 0) & (values <= 1)).all()
-    assert FOUND[name].mean_recall() == pytest.approx(FOUND[name].recall_of_layers().mean())
+    assert found[name].mean_recall() == pytest.approx(found[name].recall_of_layers().mean())
 
 
-def test_the_own_query_overlaps_itself_and_finds_more_than_chance():
-    np.testing.assert_allclose(FOUND["query"].overlap(), 1.0)
-    assert FOUND["query"].mean_recall() > FOUND["random"].mean_recall() + 0.1
+def test_the_own_query_overlaps_itself_and_finds_more_than_chance(found):
+    np.testing.assert_allclose(found["query"].overlap(), 1.0)
+    assert found["query"].mean_recall() > found["random"].mean_recall() + 0.1
     for name in SELECTORS[1:]:
-        np.testing.assert_allclose(FOUND[name].best, FOUND["query"].best, rtol=1e-6)
+        np.testing.assert_allclose(found[name].best, found["query"].best, rtol=1e-6)
 
 
-def test_all_selectors_agree_in_layer_zero_where_they_ask_the_same():
+def test_all_selectors_agree_in_layer_zero_where_they_ask_the_same(found):
     """The previous layer of layer 0 is layer 0, so its guess is the query itself."""
-    np.testing.assert_array_equal(FOUND["previous_query"].held[0], FOUND["query"].held[0])
+    np.testing.assert_array_equal(found["previous_query"].held[0], found["query"].held[0])
 
 
-def test_queries_with_a_choice_are_counted():
+def test_queries_with_a_choice_are_counted(found):
     # Five blocks of eight tokens are the budget, so positions from 40 on count.
-    assert float(FOUND["query"].rows) == (96 - 40) + (71 - 40)
+    assert float(found["query"].rows) == (96 - 40) + (71 - 40)
 
 
-def test_totals_of_rows_add_up_to_those_of_the_batch():
+def test_totals_of_rows_add_up_to_those_of_the_batch(found):
     rows = [measure(lengths=jnp.array(lengths)) for lengths in ([96, 0], [0, 71])]
     for name in SELECTORS:
         both = add_totals(rows[0][name], rows[1][name])
-        for mine, theirs in zip(jax.tree.leaves(both), jax.tree.leaves(FOUND[name]), strict=True):
+        for mine, theirs in zip(jax.tree.leaves(both), jax.tree.leaves(found[name]), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
@@ -96,10 +99,10 @@ def test_a_model_with_token_importance_is_measured_by_its_two_step_rule():
     assert ((found["forecast"].recall() > 0) & (found["forecast"].recall() <= 1)).all()
 
 
-def test_selectors_need_different_names():
+def test_selectors_need_different_names(found):
     assert set(SELECTORS) <= set(names())
     twice = ("query", "query")
     with pytest.raises(ValueError, match="2 selectors need as many names"):
         recall_totals(MODEL, TOKENS, selectors=twice)
-    found = measure(selectors=(QuerySelector(MODEL.config), "random"))
-    np.testing.assert_array_equal(found["QuerySelector"].held, FOUND["query"].held)
+    by_class = measure(selectors=(QuerySelector(MODEL.config), "random"))
+    np.testing.assert_array_equal(by_class["QuerySelector"].held, found["query"].held)

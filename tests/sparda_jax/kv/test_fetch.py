@@ -4,19 +4,39 @@
 
 import pytest
 
+from sparda_jax.kv import fetch as door
 from sparda_jax.kv.fetch import resolve_fetch, unsupported_reason
+from sparda_jax.testing import tiny_config
+
+CONFIG = tiny_config()
 
 
-def test_an_open_choice_and_a_name_give_device_put():
-    assert resolve_fetch(None) == resolve_fetch("device_put") == "device_put"
+def test_an_open_choice_takes_copies_on_a_cpu_and_a_name_gets_that_one():
+    assert resolve_fetch(None, CONFIG) == "device_put"
+    assert resolve_fetch("device_put", CONFIG) == "device_put"
+    assert resolve_fetch("in_graph", CONFIG) == "in_graph"
 
 
-def test_in_graph_is_refused_with_the_reason_and_the_way_out():
-    with pytest.raises(NotImplementedError, match=r"in_graph.*kernel.*use fetch='device_put'"):
-        resolve_fetch("in_graph")
-    assert unsupported_reason("in_graph") is not None
+def test_an_open_choice_takes_the_program_on_a_gpu_that_can(monkeypatch):
+    monkeypatch.setattr(door.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(door._backend, "hopper_reason", lambda: None)
+    wide = tiny_config(head_dim=64)
+    assert resolve_fetch(None, wide) == "in_graph"
+    assert unsupported_reason("in_graph", wide) is None
+
+
+def test_a_refusal_says_why_and_the_way_out(monkeypatch):
+    monkeypatch.setattr(door.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(door._backend, "hopper_reason", lambda: "needs compute capability 9.0")
+    assert resolve_fetch(None, CONFIG) == "device_put"
+    with pytest.raises(NotImplementedError, match=r"needs compute capability 9.0; use fetch='dev"):
+        resolve_fetch("in_graph", CONFIG)
+    monkeypatch.setattr(door._backend, "hopper_reason", lambda: None)
+    odd = tiny_config(head_dim=2)  # rows of 8 bytes
+    with pytest.raises(NotImplementedError, match=r"multiple of 16 bytes, but H=2 makes 8; use"):
+        resolve_fetch("in_graph", odd)
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown fetch='dma'; known: in_graph, device_put"):
-        resolve_fetch("dma")
+        resolve_fetch("dma", CONFIG)
