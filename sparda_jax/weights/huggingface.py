@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 from sparda_jax.config import ModelConfig, SparseConfig
@@ -53,7 +53,8 @@ def load_pretrained(
         path_or_id: a folder, or a hub id `owner/name`.
         dtype: of the parameters; `None` takes the checkpoint's.
         mesh: devices with an axis `model` over which heads, MLP width and vocabulary are spread
-            where it divides them; `None` puts everything on the default device.
+            where it divides them, and XLA spreads the rest of a program by them; `None` puts
+            everything on the default device.
         sparse: the rule that chooses blocks; `None` reads `sparse_config` (`parse_config` says what
             holds without one).
         heads: Forecast heads, in any form that `load_forecast_heads` reads. `None` takes
@@ -71,8 +72,12 @@ def load_pretrained(
             missing, unexpected and misshapen tensor is named, with both shapes.
         ValueError: a mesh without an axis `model`.
     """
-    if mesh is not None and "model" not in mesh.shape:
-        raise ValueError(f"mesh has axes {list(mesh.shape)}, expected one named 'model'")
+    if mesh is not None:
+        if "model" not in mesh.shape:
+            raise ValueError(f"mesh has axes {list(mesh.shape)}, expected one named 'model'")
+        # `jax.make_mesh` gives explicit axes, over which a gather would have to name its result.
+        automatic = (AxisType.Auto,) * len(mesh.axis_names)
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
     folder = resolve_folder(path_or_id)
     raw = read_json(folder / "config.json")
     shards = Shards(folder)

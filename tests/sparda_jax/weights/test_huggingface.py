@@ -23,7 +23,7 @@ from sparda_jax.config import SparseConfig
 from sparda_jax.errors import CheckpointError
 from sparda_jax.layers import ForecastParam
 from sparda_jax.model import SpardaLM, forward
-from sparda_jax.testing import tiny_config, tiny_model
+from sparda_jax.testing import assert_close_float32, tiny_config, tiny_model
 from sparda_jax.weights import heads_of, load_pretrained, save_forecast_heads, save_pretrained
 from sparda_jax.weights.huggingface import assemble
 
@@ -361,31 +361,41 @@ MESH = """
 import logging, sys
 import jax, numpy as np
 from flax import nnx
-from sparda_jax.weights import load_pretrained, save_pretrained
+from sparda_jax.model import SpardaLM, forward
+from sparda_jax.weights import save_pretrained
+jax.config.update("jax_default_matmul_precision", "highest")
 logging.basicConfig(level=logging.WARNING)
 mesh = jax.make_mesh((int(sys.argv[2]),), ("model",))
-model = load_pretrained(sys.argv[1], mesh=mesh)
+model = SpardaLM.from_pretrained(sys.argv[1], mesh=mesh, progress=None)
 for path, slot in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     array = slot.get_value()
     shard = array.addressable_shards[0].data.shape
     print(path[-1], len(array.sharding.device_set), array.size // np.prod(shard))
 save_pretrained(model, sys.argv[1] + "-again")
+tokens = np.arange(96)[None] % 64
+run = jax.jit(forward, static_argnames="mode")
+np.savez(sys.argv[1] + ".npz", **{m: run(model, tokens, mode=m) for m in ("dense", "sparda")})
 """
 
 
 def run_python(code, *arguments, **environment):
     root = pathlib.Path(sparda_jax.__file__).parent.parent
-    return subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 def test_a_mesh_spreads_what_it_divides_and_says_what_it_copies(saved):
-    """Four devices: N = 4, F = 48 and V = 64 are spread, K = 2 is copied; saving gathers."""
+    """Four devices: N = 4, F = 48 and V = 64 are spread, K = 2 is copied; saving gathers.
+
+    The spread model gives the logits of the whole one.
+    """
     model, folder = saved
     flags = "--xla_force_host_platform_device_count=4"
     run = run_python(MESH, folder, 4, XLA_FLAGS=flags)
@@ -395,6 +405,10 @@ def test_a_mesh_spreads_what_it_divides_and_says_what_it_copies(saved):
     assert parts.keys() > copied
     assert "model=4 divides no sharded axis of ['k_proj', 'v_proj']" in run.stderr
     assert_same_parameters(load_pretrained(f"{folder}-again"), model)
+    with np.load(f"{folder}.npz") as spread:
+        assert sorted(spread) == ["dense", "sparda"]
+        for mode, logits in spread.items():
+            assert_close_float32(logits, forward(model, jnp.arange(96)[None] % 64, mode=mode))
 
 
 MEMORY = """
