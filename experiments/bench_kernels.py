@@ -53,7 +53,7 @@ class Config:
         case_limit_s: after which a case counts as hung, compilation and check included.
         run_seconds: after which the case that runs is stopped, and no other starts.
         min_operand_bytes: what the distinct operands of a case exceed together.
-        max_sets: distinct operand sets of a case at most.
+        max_sets: distinct operand sets of a case at most, unless it asks for more.
         cases: package with one module of cases an op.
         commit: hash of the commit that runs; `None` asks git.
         dirty: whether the tree differs from it; `None` asks git.
@@ -66,7 +66,7 @@ class Config:
     match: str = ""
     variants: bool = False
     tiny: bool = False
-    repeats: int = 30
+    repeats: int = 50
     case_seconds: float = 2.0
     case_limit_s: float = 90.0
     run_seconds: float = 540.0
@@ -207,6 +207,7 @@ def measure_row(
         "sets": found.sets,
         "operand_bytes": found.operand_bytes,
         "compile_s": round(found.compile_s, 2),
+        "temp_bytes": found.temp_bytes,
         "is_checked": case.check is not None,
     }
     error = found.check_error

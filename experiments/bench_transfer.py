@@ -4,11 +4,11 @@
 
     python -m experiments.bench_transfer
 
-Four tables in one record: the link's ceilings in both directions; `gather_blocks` by size, CTAs and
-transfers in flight; `write_blocks` likewise; and, for fetches of 10 to 80 % of the compute of a
-decode step with the matmuls of an 8B model, the share of the fetch that is hidden:
-1 − (both − compute) / fetch. All are wall times of programs that repeat the thing, issued ahead so
-that dispatch is hidden.
+Tables in one record: the link's ceilings in both directions; `gather_blocks` by size; for fetches
+of 10 to 80 % of the compute of a decode step with the matmuls of an 8B model, the share of the fetch
+that is hidden: 1 − (both − compute) / fetch; `write_blocks` by size; and both by CTAs and transfers
+in flight. All are wall times of programs that repeat the thing, issued ahead so that dispatch is
+hidden. A row is printed when it is measured, and the record is written after every table.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from sparda_jax.kv.page_lock import HostBuffer
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 Row = dict[str, Any]
+_WAYS = {"gather": "h2d", "write": "d2h"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,8 @@ class Config:
     Attributes:
         pool_mib: of records in host memory, from which scattered ones are taken.
         moved_mib: sizes of one gather or write.
-        spread_mib: the size at which every way to spread the moves is tried.
-        ctas: thread blocks to try.
-        in_flight: pieces of half a record that each has under way, to try.
+        spread_mib: the size at which ways to spread the moves are tried.
+        spreads: thread blocks, and pieces of half a record that each has under way, to try.
         block_size: W.
         head_dim: H.
         layers: of the decode step.
@@ -55,7 +55,7 @@ class Config:
         kv_width: K · H.
         mlp_width: F.
         shares: fetch of a layer as a share of its compute.
-        fetch_ctas: thread blocks of the fetch in the step.
+        fetch_ctas: thread blocks of the fetch in the step; the first also in sequence.
         repeats: samples; the median counts.
         tiny: sizes that run on any CPU in seconds, and say nothing.
         commit: hash of the commit that runs; `None` asks git.
@@ -64,11 +64,10 @@ class Config:
         out: folder of the record; `None` writes none.
     """
 
-    pool_mib: int = 1024
+    pool_mib: int = 512
     moved_mib: tuple[int, ...] = (1, 4, 16, 64)
     spread_mib: int = 4
-    ctas: tuple[int, ...] = (1, 2, 4, 8)
-    in_flight: tuple[int, ...] = (4, 8, 12)
+    spreads: tuple[tuple[int, int], ...] = ((1, 12), (2, 12), (8, 12), (4, 4), (4, 8))
     block_size: int = 64
     head_dim: int = 128
     layers: int = 8
@@ -77,7 +76,7 @@ class Config:
     kv_width: int = 256
     mlp_width: int = 16384
     shares: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8)
-    fetch_ctas: tuple[int, ...] = (2, 4, 8)
+    fetch_ctas: tuple[int, ...] = (4, 2, 8)
     repeats: int = 15
     tiny: bool = False
     commit: str | None = None
@@ -103,7 +102,7 @@ class Config:
 
 def shrink(config: Config) -> Config:
     """Make everything small enough for a CPU."""
-    small = {"pool_mib": 1, "moved_mib": (1,), "spread_mib": 1, "ctas": (2,), "in_flight": (4,)}
+    small = {"pool_mib": 1, "moved_mib": (1,), "spread_mib": 1, "spreads": ((2, 4),)}
     step = {
         "block_size": 16,
         "head_dim": 16,
@@ -191,7 +190,7 @@ def moves(config: Config, n: int, seed: int) -> tuple[Int32[Array, " n"], Int32[
 def measure_moves(config: Config, view: Array, what: str, tiles: Tiles | None, mib: int) -> Row:
     """Time `gather_blocks` or `write_blocks` of one size, many calls in one program."""
     n = min((mib << 20) // config.record_bytes, config.pool)
-    calls = max(2, min(16, 64 // mib))
+    calls = max(2, min(8, 32 // mib))  # they are one function of the program, compiled once
     lists = [moves(config, n, seed) for seed in range(calls)]
     count = jnp.array([n], jnp.int32)
 
@@ -324,7 +323,7 @@ class Steps:
         return timed
 
 
-def measure_overlap(config: Config, view: Array, gb_per_s: float) -> list[Row]:
+def measure_overlap(config: Config, view: Array, gb_per_s: float) -> Iterator[Row]:
     """Measure the hidden share for fetches of several shares of the compute.
 
     Args:
@@ -339,26 +338,26 @@ def measure_overlap(config: Config, view: Array, gb_per_s: float) -> list[Row]:
     steps = Steps(config, view, most)
     compute, _ = steps.seconds(has_compute=True, tiles=None, is_concurrent=True)(0)
     default = Tiles.default(config.block_size, config.head_dim, DTYPE.itemsize)
-    found = []
     for ctas in config.fetch_ctas:
         tiles = dataclasses.replace(default, ctas=ctas)
         alone = steps.seconds(has_compute=False, tiles=tiles, is_concurrent=False)
         both = steps.seconds(has_compute=True, tiles=tiles, is_concurrent=True)
-        sequence = steps.seconds(has_compute=True, tiles=tiles, is_concurrent=False)
+        sequence = None
+        if ctas == config.fetch_ctas[0]:
+            sequence = steps.seconds(has_compute=True, tiles=tiles, is_concurrent=False)
         nothing, _ = both(0)
         for share in config.shares:
             wanted = share * compute / config.layers * gb_per_s * 1e9 / config.record_bytes
             count = min(max(round(wanted), 1), most)
             fetch, (together, spread) = alone(count)[0], both(count)
             hidden = 1 - (together - compute) / fetch
-            found.append(
+            in_sequence = None if sequence is None else sequence(count)[0] * 1e3
+            yield (
                 {"what": "overlap", "ctas": ctas, "records": count, "fetch_share": fetch / compute}
-                | {"compute_ms": compute * 1e3, "fetch_ms": fetch * 1e3}
+                | {"hidden_share": hidden, "compute_ms": compute * 1e3, "fetch_ms": fetch * 1e3}
                 | {"both_ms": together * 1e3, "spread_ms": spread * 1e3}
-                | {"in_sequence_ms": sequence(count)[0] * 1e3, "no_records_ms": nothing * 1e3}
-                | {"hidden_share": hidden}
+                | {"no_records_ms": nothing * 1e3, "in_sequence_ms": in_sequence}
             )
-    return found
 
 
 def weight_bytes(config: Config) -> int:
@@ -368,43 +367,39 @@ def weight_bytes(config: Config) -> int:
     return sum(math.prod(w.shape) * w.dtype.itemsize for w in jax.tree.leaves(shapes))
 
 
-def print_rows(rows: list[Row]) -> None:
-    """Print rows of one kind as a table."""
-    names = [name for name in rows[0] if name != "what"]
-    cells = [[f"{r[n]:.4g}" if isinstance(r[n], float) else str(r[n]) for n in names] for r in rows]
-    first = max(len(r["what"]) for r in rows)
-    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    print(" " * first, *(n.rjust(w) for n, w in zip(names, widths, strict=True)), sep="  ")
-    for r, line in zip(rows, cells, strict=True):
-        shown = (c.rjust(w) for c, w in zip(line, widths, strict=True))
-        print(r["what"].ljust(first), *shown, sep="  ", flush=True)
-    print()
+def print_row(row: Row) -> None:
+    """Print a row as soon as it is there."""
+    cells = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()]
+    print("  ".join(cells[1:]), f"  ({row['what']})", flush=True)
 
 
-def measure_all(config: Config) -> Iterator[list[Row]]:
+def measure_all(config: Config) -> Iterator[Iterator[Row]]:
     """Measure one table after another; shares are of the ceiling measured first."""
     with host_memory(config) as (memory, view):
         ceilings = measure_ceilings(config, memory, view)
-        yield ceilings
+        yield iter(ceilings)
         best = {
             way: max(r["gb_per_s"] for r in ceilings if way in r["what"]) for way in ("h2d", "d2h")
         }
-        sizes: list[tuple[int, Tiles | None]] = [(mib, None) for mib in config.moved_mib]
-        sizes += [
-            (config.spread_mib, Tiles(ctas=ctas, in_flight=ring))
-            for ctas in config.ctas
-            for ring in config.in_flight
-        ]
-        rates = {}
-        for what, way in (("gather", "h2d"), ("write", "d2h")):
-            table = [measure_moves(config, view, what, tiles, mib) for mib, tiles in sizes]
-            rates[what] = max(r["gb_per_s"] for r in table)
-            yield [r | {"share": r["gb_per_s"] / best[way]} for r in table]
-        yield measure_overlap(config, view, rates["gather"])
+        rates = []
+
+        def moved(what: str, ways: Sequence[tuple[int, Tiles | None]]) -> Iterator[Row]:
+            for mib, tiles in ways:
+                found = measure_moves(config, view, what, tiles, mib)
+                if what == "gather":
+                    rates.append(found["gb_per_s"])
+                yield found | {"share": found["gb_per_s"] / best[_WAYS[what]]}
+
+        sizes = [(mib, None) for mib in config.moved_mib]
+        spreads = [(config.spread_mib, Tiles(ctas=c, in_flight=n)) for c, n in config.spreads]
+        yield moved("gather", sizes)
+        yield measure_overlap(config, view, max(rates))
+        for what, ways in (("write", sizes), ("gather", spreads), ("write", spreads)):
+            yield moved(what, ways)
 
 
 def main(config: Config) -> records.Record:
-    """Measure, print the tables, and write the record.
+    """Measure, print each row, and write the record.
 
     Returns:
         The record, written if `config.out` names a folder.
@@ -412,11 +407,19 @@ def main(config: Config) -> records.Record:
     sizes = shrink(config) if config.tiny else config
     rows: list[Row] = []
     for table in measure_all(sizes):
-        print_rows(table)
-        rows += table
+        for found in table:
+            print_row(found)
+            rows.append(found)
+        if config.out is not None:
+            records.write(_record(config, sizes, rows), config.out)
+    return _record(config, sizes, rows)
+
+
+def _record(config: Config, sizes: Config, rows: list[Row]) -> records.Record:
+    """Collect what was measured so far."""
     unnamed = ("commit", "dirty", "date", "out")
     settings = {k: v for k, v in dataclasses.asdict(sizes).items() if k not in unnamed}
-    record = records.collect(
+    return records.collect(
         "bench_transfer",
         "python -m experiments.bench_transfer" + (" --tiny" if config.tiny else ""),
         settings,
@@ -426,9 +429,6 @@ def main(config: Config) -> records.Record:
         date=config.date,
         devices=1,
     )
-    if config.out is not None:
-        records.write(record, config.out)
-    return record
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from sparda_jax.kv.page_lock import HostBuffer
 _ONE_AFTER_THE_OTHER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 _TIED_BYTES = 1 << 20  # operands up to this size wait for the call before
 _MEMORY_SHARE = 0.4  # of the free device memory that operand sets and their outputs may take
-_LONG_ENOUGH_S = 1e-3  # a sample repeats the program until it lasts this long
+_LONG_ENOUGH_S = 2e-3  # a sample repeats the program until it lasts this long
 _MOST_RUNS = 8
+_SLOW_S = 1.0  # a program that lasts longer is run once
 _SCRUB_BYTES = 1 << 29
 
 
@@ -41,6 +42,7 @@ class Measured:
         sets: distinct operand sets in turn.
         operand_bytes: of all sets together, without arrays that they share.
         compile_s: seconds to trace, lower and compile the program.
+        temp_bytes: that the program holds beside its operands and outputs, if JAX says.
         check_error: what `Case.check` raised; `None` if it passed or there is none.
     """
 
@@ -48,6 +50,7 @@ class Measured:
     sets: int
     operand_bytes: int
     compile_s: float
+    temp_bytes: int | None = None
     check_error: Exception | None = None
 
 
@@ -57,10 +60,10 @@ class Effort:
 
     Attributes:
         min_operand_bytes: what the operand sets exceed together, unless `max_sets` are fewer.
-        max_sets: calls in one program at most; two at least.
+        max_sets: calls in one program at most, unless a case asks for more.
         repeats: samples wanted.
         seconds: after which no further sample is taken, three at least (one of a program that
-            alone lasts longer).
+            alone lasts longer; that of its first run if it lasts longer than a second too).
     """
 
     min_operand_bytes: int
@@ -112,6 +115,7 @@ class Program:
 
     Attributes:
         compile_s: seconds to trace, lower and compile.
+        temp_bytes: of device memory beside operands and outputs; `None` if JAX does not say.
 
     Raises:
         ValueError: an operand changed in place has no output of its shape.
@@ -131,6 +135,8 @@ class Program:
         program = jax.jit(self._call_all, donate_argnums=0, compiler_options=options)
         self._compiled = program.lower(self._pristine, self._kept).compile()
         self.compile_s = time.perf_counter() - begun
+        memory = self._compiled.memory_analysis()
+        self.temp_bytes = None if memory is None else int(memory.temp_size_in_bytes)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         self.restore()
 
@@ -177,8 +183,9 @@ def make_sets(case: Case, effort: Effort) -> tuple[list[tuple[PyTree, ...]], int
         effort: how many bytes and sets.
 
     Returns:
-        at least two sets, fewer than asked for where the device has no room; their bytes together,
-        without arrays that they share.
+        at least one set, fewer than asked for where the device has no room; their bytes together,
+        without arrays that they share. One is enough where it exceeds what is asked for: its end
+        has driven its beginning out of the caches.
 
     Raises:
         ValueError: different seeds give the same arrays.
@@ -192,12 +199,14 @@ def make_sets(case: Case, effort: Effort) -> tuple[list[tuple[PyTree, ...]], int
             "so 0 bytes differ between calls; make them from the seed"
         )
     count = min(math.ceil(effort.min_operand_bytes / fresh), effort.max_sets)
+    count = max(count, case.least_sets)
     free = _free_bytes()
     if free is not None:
         output = jax.eval_shape(jax.jit(case.call), *sets[0])
         # Two sets exist already, their outputs do not.
         room = _MEMORY_SHARE * (free + 2 * fresh)
         count = min(count, int(room / (fresh + sum(map(_nbytes, jax.tree.leaves(output))))))
+    sets = sets[: max(count, 1)]
     sets += [case.operands(seed) for seed in range(2, count)]
     jax.block_until_ready(sets)
     return sets, len(sets) * fresh
@@ -235,6 +244,7 @@ def measure(case: Case, effort: Effort, scrub: Scrub | None) -> Measured:
         sets=count,
         operand_bytes=operand_bytes,
         compile_s=program.compile_s,
+        temp_bytes=program.temp_bytes,
         check_error=error,
     )
 
@@ -256,14 +266,16 @@ def _sample(
     program: Program, effort: Effort, scrub: Scrub | None, *, most_runs: int
 ) -> list[float]:
     """Take the seconds of one run of `program`, several times, each from restored operands."""
-    program.restore()
-    jax.block_until_ready(program())
-    program.restore()
-    begun = time.perf_counter()
-    last = program()
-    issued = time.perf_counter() - begun
-    jax.block_until_ready(last)
-    took = time.perf_counter() - begun
+    issued = took = 0.0
+    for _ in range(2):  # the first warms up
+        program.restore()
+        begun = time.perf_counter()
+        last = program()
+        issued = time.perf_counter() - begun
+        jax.block_until_ready(last)
+        took = time.perf_counter() - begun
+        if took > max(effort.seconds, _SLOW_S):
+            return [took]
     runs = min(max(math.ceil(_LONG_ENOUGH_S / took), 1), most_runs)
     # Twice the time that the host needs, so that the device never waits for it.
     leads = 0 if scrub is None else min(max(math.ceil(2 * runs * issued / scrub.seconds), 1), 16)

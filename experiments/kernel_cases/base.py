@@ -20,12 +20,15 @@ class Case:
         shape: the case in words: `B16 S128K J96`.
         implementation: a backend of the op, `reference`, or the name of a peer.
         operands: makes the operands of one call on the device from a seed. The harness makes as
-            many sets as exceed the caches and rotates over them.
+            many sets as exceed the caches and rotates over them. They are part of the run's time:
+            one jitted function makes them in the time that they take.
         call: the op, jittable, of the operands.
         work: what one call has to do.
         check: compares an output with an oracle, for a set of operands; raises if they differ.
             Called once, before timing.
         in_place: operands that the call changes in place, by number: the harness donates them.
+        least_sets: operand sets at least, for an op so short that few calls in one program drown in
+            the spread of its start.
     """
 
     op: str
@@ -36,3 +39,4 @@ class Case:
     work: Work
     check: Callable[[Any, tuple[PyTree, ...]], None] | None = None
     in_place: tuple[int, ...] = ()
+    least_sets: int = 1

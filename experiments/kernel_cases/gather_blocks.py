@@ -123,10 +123,11 @@ def cases(*, tiny: bool = False) -> list[Case]:
         small = Shape(moved=5, records=20, block_size=8, head_dim=16, dtype="float32")
         return [small.case("reference")]
     found = []
-    for moved in (32, 128, 512, 2048):
+    for moved in (128, 512, 32):
         shape = Shape(moved=moved)
-        found += [shape.case(name) for name in ("mosaic_gpu", "reference")]
+        found.append(shape.case("mosaic_gpu"))
         if moved == 128:
+            found.append(shape.case("reference"))
             spreads = [(1, 12, 2), (2, 12, 2), (8, 12, 2), (4, 4, 2), (4, 6, 1), (4, 12, 4)]
             found += [
                 shape.case("mosaic_gpu", Tiles(ctas=ctas, in_flight=ring, parts=parts))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from experiments.kernel_cases.base import Case
 from pallas_kernels.sparse_decode import sparse_decode
@@ -18,8 +18,14 @@ _ROWS_AT_ONCE = 4
 """Sequences that the oracle computes at once: it gathers their records in f32."""
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("batch", "heads", "kv_heads", "slots", "block_size", "head_dim", "width", "dtype"),
+    ),
+)
 def _operands(
-    seed: int,
+    seed: int | Int[Array, ""],
     *,
     batch: int,
     heads: int,
@@ -89,11 +95,9 @@ def cases(*, tiny: bool = False) -> list[Case]:
     if tiny:
         small = {"heads": 4, "block_size": 16, "head_dim": 16, "dtype": "float32"}
         return [_case("tiny", "reference", batch=2, width=3, slots=5, **small)]
-    chosen = []
-    for batch in (4, 16, 64):
-        name = f"B{batch} J96"
-        chosen.append(_case(name, "triton", batch=batch, width=96, slots=128))
-        if batch <= 16:  # the reference gathers a copy of the records, in f32
-            chosen.append(_case(name, "reference", batch=batch, width=96, slots=128))
+    chosen = [
+        _case(f"B{batch} J96", name, batch=batch, width=96, slots=128)
+        for batch, name in ((16, "triton"), (64, "triton"), (4, "triton"), (16, "reference"))
+    ]  # at B64 the reference gathers a copy of the records, in f32
     chosen.append(_case("B4 dense S128K", "triton", batch=4, width=2048, slots=2048))
     return chosen

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-EFFORT = Effort(min_operand_bytes=1, max_sets=4, repeats=3, seconds=0.2)
+EFFORT = Effort(min_operand_bytes=1025, max_sets=4, repeats=3, seconds=0.2)
 CEILINGS = {"copy": 2e9, "h2d": 1e9, "matmul": 1e12}
 COMMIT = "0123abcd"
 NUMBERS = ("ms", "bytes", "flops", "rate", "ceiling", "share")
@@ -104,7 +104,9 @@ def test_every_sample_begins_with_the_same_operands():
         jax.debug.callback(lambda x: seen.append(float(x)), x[0])
         return x + 1.0
 
-    made = case(operands=lambda seed: (*vectors(0), *vectors(seed)), call=call, in_place=(0,))
+    made = case(
+        operands=lambda seed: (*vectors(0), *vectors(seed)), call=call, in_place=(0,), least_sets=2
+    )
     kernel_timing.measure(made, EFFORT, None)
     jax.effects_barrier()
     assert len(seen) == 2 * (1 + 2 + 3)  # two sets: the check, two to warm up, three samples
@@ -154,7 +156,8 @@ def test_a_call_whose_operands_all_change_in_place_needs_no_other():
 
 
 @pytest.mark.parametrize(
-    ("min_bytes", "max_sets", "count"), [(1, 4, 2), (3000, 4, 3), (3072, 4, 3), (1 << 30, 4, 4)]
+    ("min_bytes", "max_sets", "count"),
+    [(1, 4, 1), (1024, 4, 1), (3000, 4, 3), (3072, 4, 3), (1 << 30, 4, 4)],
 )
 def test_sets_exceed_the_bytes_asked_for_within_their_number(min_bytes, max_sets, count):
     effort = dataclasses.replace(EFFORT, min_operand_bytes=min_bytes, max_sets=max_sets)
@@ -162,6 +165,17 @@ def test_sets_exceed_the_bytes_asked_for_within_their_number(min_bytes, max_sets
     assert len(sets) == count
     assert size == count * 1024
     assert [float(x[0]) for (x,) in sets] == list(range(count))
+
+
+def test_a_case_may_ask_for_more_sets_than_a_run_would_make():
+    assert len(kernel_timing.make_sets(case(least_sets=7), EFFORT)[0]) == 7
+
+
+def test_a_row_tells_what_a_program_holds_beside_its_operands():
+    made = case(
+        operands=lambda seed: (jnp.full((64, 64), float(seed)),), call=lambda x: (x @ x) @ (x + 1.0)
+    )
+    assert kernel_timing.measure(made, EFFORT, None).temp_bytes >= 64 * 64 * 4
 
 
 def test_an_array_that_all_sets_share_is_not_counted():
@@ -177,7 +191,7 @@ def test_seeds_that_give_the_same_arrays_are_refused():
         kernel_timing.make_sets(case(operands=lambda seed: same), EFFORT)
 
 
-@pytest.mark.parametrize(("free", "count"), [(1 << 20, 10), (13_312, 3), (0, 2)])
+@pytest.mark.parametrize(("free", "count"), [(1 << 20, 10), (13_312, 3), (0, 1)])
 def test_sets_and_their_outputs_leave_room_on_the_device(monkeypatch, free, count):
     monkeypatch.setattr(kernel_timing, "_free_bytes", lambda: free)
     effort = dataclasses.replace(EFFORT, min_operand_bytes=10_240, max_sets=16)
@@ -239,7 +253,13 @@ def test_what_runs_in_front_lasts_twice_as_long_as_issuing_takes(clock):
     assert len(issued) == 2 * 4  # of one sample: 4 with the program, 4 without
 
 
-@pytest.mark.parametrize(("seconds", "most_runs", "runs"), [(1e-4, 8, 8), (4e-4, 8, 3), (1, 8, 1)])
+def test_a_program_that_lasts_seconds_is_run_once(clock):
+    taken = []
+    assert kernel_timing._sample(clock.program(1.5, taken), EFFORT, None, most_runs=8) == [1.5]
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize(("seconds", "most_runs", "runs"), [(1e-4, 8, 8), (8e-4, 8, 3), (1, 8, 1)])
 def test_a_sample_repeats_a_short_program(clock, seconds, most_runs, runs):
     taken = []
     effort = dataclasses.replace(EFFORT, repeats=1, seconds=0.0)
@@ -260,7 +280,7 @@ def test_a_case_has_a_time_for_each_sample():
     found = kernel_timing.measure(made, EFFORT, None)
     assert len(found.seconds) == 3
     assert min(found.seconds) > 0.0
-    assert found.sets == 2
+    assert found.sets == 1  # of 16 KiB, more than was asked for
     assert found.check_error is None
 
 

@@ -151,7 +151,8 @@ def cases(folder, *, tiny):
 
 
 def test_only_ops_have_cases():
-    assert set(known_ops("experiments.kernel_cases")) <= {f.name for f in op_folders(FOLDER)}
+    known = set(known_ops("experiments.kernel_cases"))
+    assert known - {"selection"} <= {f.name for f in op_folders(FOLDER)}  # ops in a row
 
 
 @pytest.mark.parametrize("folder", OPS)
@@ -187,6 +188,24 @@ def test_the_real_cases_are_lowered_for_cuda(path, monkeypatch):
     for case in made:
         shapes = jax.eval_shape(lambda case=case: case.operands(0))
         assert "custom_call" in _compat.lowered(case.call, *shapes).as_text(), case.shape
+
+
+@pytest.mark.parametrize("path", KERNELS)
+def test_calls_of_a_program_share_one_lowered_kernel(path, monkeypatch):
+    """A model calls an op once a layer: one function of the program, not one for each."""
+    for reason in ("hopper_reason", "triton_reason"):
+        monkeypatch.setattr(_backend, reason, lambda: None)
+    made = [case for case in cases(path.parent, tiny=False) if case.implementation == path.stem]
+    call, operands = made[0].call, made[0].operands
+    shapes = jax.eval_shape(lambda: operands(0))
+
+    def kernels(layers):
+        def model(*operands):
+            return [call(*operands) for _ in range(layers)]
+
+        return _compat.lowered(model, *shapes).as_text().count("custom_call @")
+
+    assert kernels(3) == kernels(1) > 0
 
 
 def test_the_example_of_the_readme_runs():
