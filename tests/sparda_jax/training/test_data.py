@@ -15,7 +15,6 @@ from sparda_jax.training.data import (
     PackedWindows,
     TokenDocuments,
     open_shards,
-    permute,
     read_texts,
     split_heldout,
     tokenize_source,
@@ -121,34 +120,6 @@ def test_a_text_too_short_for_one_window_is_refused():
     with pytest.raises(DataError, match=r"has 11 tokens, .* fewer than one window of seq_len=12"):
         PackedWindows(documents_of(4, 5), seq_len=12, batch_size=1)
     assert PackedWindows(documents_of(4, 5), seq_len=11, batch_size=1).window_count == 1
-
-
-@given(size=st.integers(1, 300), seed=st.integers(0, 1000), epoch=st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
-def test_the_order_is_a_permutation(size, seed, epoch):
-    got = permute(np.arange(size, dtype=np.uint64), size=size, seed=seed, epoch=epoch)
-    assert sorted(got.tolist()) == list(range(size))
-
-
-def test_the_order_leaves_no_trend():
-    size = 10_000
-    got = permute(np.arange(size, dtype=np.uint64), size=size, seed=0, epoch=0).astype(np.float64)
-    assert abs(np.corrcoef(got, np.arange(size))[0, 1]) < 0.05
-    assert abs(np.corrcoef(got[1:], got[:-1])[0, 1]) < 0.05
-
-
-def test_positions_beyond_32_bits_are_permuted_in_range():
-    size = 2**40 + 123
-    positions = np.array([0, 1, 2**33, size - 1], np.uint64)
-    got = permute(positions, size=size, seed=0, epoch=0)
-    assert int(got.max()) < size
-    assert len(set(got.tolist())) == 4
-    assert int(got.max()) > 2**32
-
-
-def test_a_position_outside_is_refused():
-    with pytest.raises(ValueError, match="position 5 must be below size=5"):
-        permute(np.array([5], np.uint64), size=5, seed=0, epoch=0)
 
 
 def test_a_folder_is_read_in_order_of_name_without_hidden_files(tmp_path):
