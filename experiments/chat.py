@@ -12,6 +12,7 @@ file anew, so no question knows of another.
 import dataclasses
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -149,9 +150,26 @@ def read_text(config: Config, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(tokenizer.encode(text)[: config.context])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one question.
+
+    Attributes:
+        text: of the answer.
+        prompt_tokens: that were read for it.
+        generation: its tokens, and what they took.
+        tokens_per_s: without the first two tokens: one is the prefill's, the next one compiles.
+    """
+
+    text: str
+    prompt_tokens: int
+    generation: Generation
+    tokens_per_s: float
+
+
 def answer(
     chat: Chat, config: Config, text: str, question: str, write: Callable[[str], Any]
-) -> tuple[str, Generation]:
+) -> Answer:
     """Answer one question, handing on each piece of text as it comes.
 
     Args:
@@ -161,20 +179,18 @@ def answer(
         question: the question.
         write: is given the pieces.
 
-    Returns:
-        the answer, and what it took.
-
     Raises:
         CapacityError: text and question are longer than the model's context, or than the memory.
     """
     prompt = chat.prompt(text, question, thinking=config.thinking)
-    stream, pieces = StreamDecoder(chat.tokenizer), []
+    stream, pieces, clock = StreamDecoder(chat.tokenizer), [], []
 
     def show(piece: str) -> None:
         pieces.append(piece)
         write(piece)
 
     def on_step(progress: Progress) -> None:
+        clock.append(time.perf_counter())
         token = progress.tokens[0]
         if token is not None and token not in chat.eos_ids:
             show(stream.push(token))
@@ -191,20 +207,23 @@ def answer(
         on_step=on_step,
     )
     show(stream.finish())
-    return "".join(pieces), result
+    steady = len(clock) - 2
+    rate = steady / (clock[-1] - clock[1]) if steady > 0 else result.tokens_per_s
+    return Answer("".join(pieces), len(prompt), result, rate)
 
 
-def describe(result: Generation, prompt_tokens: int) -> dict[str, Any]:
+def describe(answered: Answer) -> dict[str, Any]:
     """Collect the numbers that stand after an answer.
 
     Returns:
         `prompt_tokens`, `new_tokens`, `tokens_per_s`, `prefill_seconds`, `place`,
         `device_kv_bytes`, `full_kv_bytes` and `hit_rate`.
     """
+    result = answered.generation
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": answered.prompt_tokens,
         "new_tokens": len(result.tokens[0]),
-        "tokens_per_s": result.tokens_per_s,
+        "tokens_per_s": answered.tokens_per_s,
         "prefill_seconds": result.prefill_seconds,
         "place": result.place,
         "device_kv_bytes": sum(result.device_kv_bytes.values()),
@@ -258,13 +277,12 @@ def main(config: Config, chat: Chat | None = None) -> list[dict[str, Any]]:
     text = read_text(config, chat.tokenizer)
     rows = []
     for question in questions(config):
-        given, result = answer(
+        answered = answer(
             chat, config, text, question, lambda piece: print(piece, end="", flush=True)
         )
-        prompt_tokens = len(chat.prompt(text, question, thinking=config.thinking))
-        numbers = describe(result, prompt_tokens)
+        numbers = describe(answered)
         print(f"\n{status_line(numbers)}")
-        rows.append({"question": question, "answer": given, **numbers})
+        rows.append({"question": question, "answer": answered.text, **numbers})
     return rows
 
 
@@ -273,5 +291,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except SpardaError as error:
+    except (SpardaError, ValueError) as error:
         sys.exit(f"error: {error}")

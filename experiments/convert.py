@@ -10,6 +10,7 @@ python -m experiments.convert export --heads heads.safetensors --model MODEL_FOL
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from sparda_jax.config import ModelConfig
@@ -175,4 +176,7 @@ def _read_model(folder: pathlib.Path) -> tuple[ModelConfig, Shards]:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Inspect | Import | Export))
+    try:
+        main(tyro.cli(Inspect | Import | Export))
+    except (CheckpointError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -95,20 +96,29 @@ def test_pieces_come_one_by_one_and_an_end_token_is_not_shown(text):
     chat_of = Chat(tiny_model(), Told(), None, ())
     config = small(text, context=None, max_new_tokens=5, kv="auto")
     pieces = []
-    given, result = chat.answer(chat_of, config, WORDS[:60], "?", pieces.append)
-    assert pieces == [*given, ""]
-    assert len(given) == len(result.tokens[0]) == 5
-    assert result.place == "resident"
-    ends = dataclasses.replace(chat_of, eos_ids=(result.tokens[0][0],))
-    given, result = chat.answer(ends, config, WORDS[:60], "?", pieces.append)
-    assert (given, len(result.tokens[0])) == ("", 1)
+    given = chat.answer(chat_of, config, WORDS[:60], "?", pieces.append)
+    assert pieces == [*given.text, ""]
+    assert len(given.text) == len(given.generation.tokens[0]) == 5
+    assert given.generation.place == "resident"
+    ends = dataclasses.replace(chat_of, eos_ids=(given.generation.tokens[0][0],))
+    given = chat.answer(ends, config, WORDS[:60], "?", pieces.append)
+    assert (given.text, len(given.generation.tokens[0]), given.tokens_per_s) == ("", 1, 0.0)
+
+
+def test_the_rate_leaves_out_what_compiles(text, monkeypatch):
+    clock = iter([0.0, 60.0, 60.5, 61.0, 61.5])
+    named = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(chat, "time", named)
+    chat_of = Chat(tiny_model(), Told(), None, ())
+    given = chat.answer(chat_of, small(text, max_new_tokens=5), WORDS[:60], "?", len)
+    assert given.tokens_per_s == 2.0
 
 
 def test_another_temperature_draws_by_its_seed(text):
     chat_of = Chat(tiny_model(), Told(), None, ())
     hot = small(text, temperature=5.0, kv="auto")
     one, again, other = (
-        chat.answer(chat_of, dataclasses.replace(hot, seed=seed), "words", "?", len)[0]
+        chat.answer(chat_of, dataclasses.replace(hot, seed=seed), "words", "?", len).text
         for seed in (1, 1, 2)
     )
     assert one == again != other

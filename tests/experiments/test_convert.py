@@ -5,8 +5,10 @@
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import safetensors.numpy
@@ -100,3 +102,25 @@ def test_the_command_line_knows_the_three_commands(golden):
         check=True,
     )
     assert json.loads(run.stdout)["step"] == 1234
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+    pytest.importorskip("tyro")
+    hostile = tmp_path / "x.pt"
+    with zipfile.ZipFile(hostile, "w") as file:
+        file.writestr("x/data.pkl", pickle.dumps({"bait": eval}, 2))
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments.convert", "inspect", "--path", str(hostile)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    [line] = run.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(
+        "x.pt names __builtin__.eval, which no indexer checkpoint needs: refused "
+        "before anything ran"
+    )
