@@ -37,7 +37,7 @@ from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, take_tail
 from sparda_jax.model import DecoderLayer, SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts
-from sparda_jax.sampling import Draw, Rows, draw_tokens
+from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import Probe
 
 
@@ -83,6 +83,9 @@ class _Blocks:
     def __init__(self, way: Way, state: KVState, now: Now) -> None:
         self.way, self.now = way, now
         self.choices: dict[int, Array] = {}
+        self.slots: dict[int, Array] = {}
+        self.receipts: list[Array] = []
+        self.tails: list[Array] = []
         self.num_blocks = self._count_blocks(state.layers[0])
 
     def _count_blocks(self, kv: LayerKV) -> int:
@@ -118,14 +121,13 @@ class _OffloadedBlocks(_Blocks):
         super().__init__(way, state, now)
         self._records = records
         self.slots = {layer: kv.slots for layer, kv in enumerate(state.layers)}
-        self._receipts = [kv.receipt for kv in state.layers]
+        self._receipt = state.receipt
         self._pools: dict[int, SlotPool] = {
             layer: kv.pool for layer, kv in enumerate(state.layers) if kv.pool is not None
         }
         self._plans: dict[int, FetchPlan] = {}
         self._is_fetched: set[int] = set()
         self._completed = completed_rows(now.positions, active, way.plan.config.sparse.block_size)
-        self.tails: list[Array] = []
 
     def _count_blocks(self, kv: LayerKV) -> int:
         assert kv.pool is not None  # a resident layer has none
@@ -136,7 +138,7 @@ class _OffloadedBlocks(_Blocks):
             self.slots[layer],
             self._records[layer],
             self._plans[layer],
-            self._receipts[layer],
+            self._receipt,
             after=after,
         )
         self._is_fetched.add(layer)
@@ -164,8 +166,9 @@ class _OffloadedBlocks(_Blocks):
         if not self.way.writes_host:
             self.tails.append(take_tail(kv.slots, places.tail))
             return kv
-        receipt = store_completed(kv.slots, self._records[layer], places.tail, self._completed)
-        return dataclasses.replace(kv, receipt=receipt)
+        records = self._records[layer]
+        self.receipts.append(store_completed(kv.slots, records, places.tail, self._completed))
+        return kv
 
     def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
         return self._plans[layer].counts
@@ -234,7 +237,7 @@ def run_step(
             )
             probes |= waiting
             ahead = blocks.choose(layer, chosen)
-            if isinstance(blocks, _OffloadedBlocks) and ahead:
+            if ahead:
                 moving = {target: blocks.slots[target] for target in ahead}
                 (x, begun), moving = fetch_first((x, begun), moving)
                 blocks.slots |= moving
@@ -248,12 +251,13 @@ def run_step(
         lengths=jnp.where(active, state.lengths + 1, state.lengths),
         reach=state.reach,
         step=state.step + 1,
+        receipt=jnp.sum(jnp.stack(blocks.receipts), axis=0) if blocks.receipts else None,
     )
     return after, Stepped(
         logits=model.logits(x)[:, 0],
         choices=tuple(blocks.choices[layer] for layer in sorted(blocks.choices)),
         counts=jnp.stack(counts),
-        tails=tuple(blocks.tails) if isinstance(blocks, _OffloadedBlocks) else (),
+        tails=tuple(blocks.tails),
     )
 
 
@@ -276,18 +280,19 @@ def step_program(layout: Layout, way: Way) -> Callable:
 
 @functools.lru_cache(maxsize=32)
 def draw_program(layout: Layout, way: Way, draw: Draw) -> Callable:
-    """Compile the step that draws its tokens: (state, parts, records, rows, key)."""
+    """Compile the step that draws its tokens: (state, rows, parts, records, key)."""
 
     def run(
-        state: KVState, parts: Parts, records: list[Array], rows: Rows, key: PRNGKeyArray | None
-    ) -> tuple[KVState, Rows, Array, tuple[Array, ...]]:
+        state: KVState, rows: Rows, parts: Parts, records: list[Array], key: PRNGKeyArray | None
+    ) -> tuple[KVState, Rows, Drawn, Array, tuple[Array, ...]]:
         model = layout.merge(parts)
         state, done = run_step(model, way, state, records, rows.tokens, rows.active)
         with jax.named_scope("draw"):
-            rows = draw_tokens(done.logits, rows, state.lengths, key, draw=draw)
-        return state, rows, done.counts, done.tails
+            rows, drawn = draw_tokens(done.logits, rows, state.lengths, key, draw=draw)
+        return state, rows, drawn, done.counts, done.tails
 
-    return jax.jit(run, donate_argnums=0, compiler_options=_options())
+    # What is donated keeps its address, so that a recorded graph of commands stays valid.
+    return jax.jit(run, donate_argnums=(0, 1), compiler_options=_options())
 
 
 class Decoder:
@@ -315,10 +320,7 @@ class Decoder:
         self.choices: tuple[Int[Array, "B K J"], ...] = ()
         writes_host = host is not None and jax.default_backend() != "cpu"
         if writes_host:
-            layers = [
-                dataclasses.replace(kv, receipt=jnp.zeros((1,), jnp.int32)) for kv in state.layers
-            ]
-            state = state.replace(layers=layers)
+            state = state.replace(receipt=jnp.zeros((1,), jnp.int32))
         self.state = state
         self._layout, self._parts, self._host = layout, parts, host
         self._way = Way(
@@ -352,22 +354,24 @@ class Decoder:
 
     def advance(
         self, rows: Rows, key: PRNGKeyArray | None, draw: Draw
-    ) -> tuple[Rows, Int[Array, "L 3"]]:
+    ) -> tuple[Rows, Drawn, Int[Array, "L 3"]]:
         """Feed the newest token of each active row and draw the next, on the device.
 
         Args:
-            rows: of the batch; not donated.
+            rows: of the batch; donated.
             key: of the whole call; `None` when greedy.
             draw: how tokens are drawn.
 
         Returns:
-            The rows after, and the counts as in `step`.
+            The rows after, what was drawn, and the counts as in `step`.
         """
         program = draw_program(self._layout, self._way, draw)
         held = self._held_before(rows.active)
-        self.state, rows, counts, tails = program(self.state, self._parts, self._records, rows, key)
+        self.state, rows, drawn, counts, tails = program(
+            self.state, rows, self._parts, self._records, key
+        )
         self._store(tails, held)
-        return rows, counts
+        return rows, drawn, counts
 
     def _held_before(self, active: Bool[Array, " B"]) -> Int[np.ndarray, " B"] | None:
         """Tell where each row writes, −1 if nowhere; `None` where the device stores blocks."""

@@ -33,7 +33,7 @@ from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, insert_records, take_tail
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
-from sparda_jax.sampling import Draw, Rows, draw_tokens
+from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import KeySummary, Probe
 
 
@@ -200,7 +200,7 @@ class StagedDecoder:
 
     def advance(
         self, rows: Rows, key: PRNGKeyArray | None, draw: Draw
-    ) -> tuple[Rows, Int[Array, "L 3"]]:
+    ) -> tuple[Rows, Drawn, Int[Array, "L 3"]]:
         """Feed the newest token of each active row and draw the next.
 
         Args:
@@ -209,10 +209,11 @@ class StagedDecoder:
             draw: how tokens are drawn.
 
         Returns:
-            The rows after, and the counts as in `step`.
+            The rows after, what was drawn, and the counts as in `step`.
         """
         logits, counts = self.step(rows.tokens, rows.active)
-        return _draw_tokens(logits, rows, self.state.lengths, key, draw=draw), counts
+        rows, drawn = _draw_tokens(logits, rows, self.state.lengths, key, draw=draw)
+        return rows, drawn, counts
 
     def _begin_layer(
         self,

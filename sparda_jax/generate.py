@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from sparda_jax.capacity import KVPlace, Prompt
 from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
-from sparda_jax.sampling import GREEDY, Draw, Rows, Sampling, draw_tokens
+from sparda_jax.sampling import GREEDY, Draw, Drawn, Rows, Sampling, draw_tokens
 from sparda_jax.selectors import Selector
 from sparda_jax.session import Session
 from sparda_jax.shapes import Mode, Parity
@@ -127,9 +127,9 @@ class _Record:
         )
 
 
-def _announce(before: Rows, drawn: Rows) -> tuple[Array, Array, Array]:
+def _announce(drawn: Drawn) -> tuple[Array, Array, Array]:
     """Send what a draw gave to the host, without waiting: tokens, who drew, who goes on."""
-    told = (drawn.tokens, before.active, drawn.active)
+    told = (drawn.tokens, drawn.is_new, drawn.goes_on)
     for array in told:
         array.copy_to_host_async()
     return told
@@ -214,10 +214,11 @@ def generate(
             left=jnp.full((session.batch,), max_new_tokens, jnp.int32),
             requests=jnp.arange(session.batch, dtype=jnp.int32),
         )
-        drawn = _draw_tokens(session.prefill(), rows, jnp.array(session.lengths), key, draw=draw)
+        logits = session.prefill()
+        rows, drawn = _draw_tokens(logits, rows, jnp.array(session.lengths), key, draw=draw)
         # The device runs ahead by one step where nothing of a step needs the host.
         ahead = 0 if session.fetch == "device_put" else 1
-        waiting = [_announce(rows, drawn)]
+        waiting = [_announce(drawn)]
         first = None
         for _ in range(max_new_tokens - 1):
             if len(waiting) > ahead:
@@ -226,8 +227,8 @@ def generate(
                 first = first or time.perf_counter()
                 if not entry[2].any():
                     break
-            rows, drawn = drawn, session.advance(drawn, key, draw)
-            waiting.append(_announce(rows, drawn))
+            rows, drawn = session.advance(rows, key, draw)
+            waiting.append(_announce(drawn))
         for entry in jax.device_get(waiting):
             if entry[1].any():
                 record.take(*entry)

@@ -164,6 +164,22 @@ class Rows:
     requests: Int[Array, " B"]
 
 
+@typing.no_type_check
+@struct.dataclass
+class Drawn:
+    """What one draw gave, for the host to read.
+
+    Attributes:
+        tokens: one of each row; 0 where a row had ended before.
+        is_new: rows that drew.
+        goes_on: rows that go on after it.
+    """
+
+    tokens: Int[Array, " B"]
+    is_new: Bool[Array, " B"]
+    goes_on: Bool[Array, " B"]
+
+
 def draw_tokens(
     logits: Float[Array, "B V"],
     rows: Rows,
@@ -171,7 +187,7 @@ def draw_tokens(
     key: PRNGKeyArray | None,
     *,
     draw: Draw,
-) -> Rows:
+) -> tuple[Rows, Drawn]:
     """Draw the next token of each active row, and mark the rows that go on.
 
     Args:
@@ -182,15 +198,15 @@ def draw_tokens(
         draw: how, and what ends a row.
 
     Returns:
-        The rows after: token 0 where a row had ended; a row ends with one of `eos_ids` or with the
-        last token that it may draw.
+        The rows after, and what was drawn: token 0 where a row had ended; a row ends with one of
+        `eos_ids` or with the last token that it may draw.
 
     Example:
         >>> on = jnp.array([True, True, False])
         >>> two, number = jnp.array([2, 1, 2]), jnp.arange(3)
         >>> rows = Rows(tokens=jnp.zeros(3, jnp.int32), active=on, left=two, requests=number)
-        >>> drawn = draw_tokens(jnp.eye(3), rows, jnp.zeros(3, jnp.int32), None, draw=Draw())
-        >>> drawn.tokens.tolist(), drawn.active.tolist()
+        >>> _, drawn = draw_tokens(jnp.eye(3), rows, jnp.zeros(3, jnp.int32), None, draw=Draw())
+        >>> drawn.tokens.tolist(), drawn.goes_on.tolist()
         ([0, 1, 0], [True, False, False])
     """
     keys = None
@@ -201,4 +217,5 @@ def draw_tokens(
     goes_on = rows.active & (left > 0)
     for end in draw.eos_ids:
         goes_on = goes_on & (tokens != end)
-    return Rows(tokens=tokens, active=goes_on, left=left, requests=rows.requests)
+    drawn = Drawn(tokens=tokens, is_new=rows.active, goes_on=goes_on)
+    return Rows(tokens=tokens, active=goes_on, left=left, requests=rows.requests), drawn

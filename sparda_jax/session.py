@@ -35,7 +35,7 @@ from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import cut
 from sparda_jax.prefill import Prefilled, chunk_tokens, prefill
-from sparda_jax.sampling import Draw, Rows
+from sparda_jax.sampling import Draw, Drawn, Rows
 from sparda_jax.selectors import Selector, resolve
 from sparda_jax.shapes import Mode, Parity
 
@@ -291,21 +291,24 @@ class Session:
         self._note(counts)
         return logits
 
-    def advance(self, rows: Rows, key: PRNGKeyArray | None, draw: Draw) -> Rows:
+    def advance(self, rows: Rows, key: PRNGKeyArray | None, draw: Draw) -> tuple[Rows, Drawn]:
         """Feed the newest token of each active row and draw the next, all on the device.
 
         Args:
-            rows: the batch: what prefill's logits gave, or the call before.
+            rows: the batch: what prefill's logits gave, or the call before; donated.
             key: of the whole call; `None` when greedy.
             draw: how tokens are drawn.
+
+        Returns:
+            The rows after, and what was drawn.
 
         Raises:
             CapacityError: more tokens than `max_new_tokens` were fed.
             ValueError: before `prefill`, or after `close`.
         """
-        rows, counts = self._take_turn().advance(rows, key, draw)
+        rows, drawn, counts = self._take_turn().advance(rows, key, draw)
         self._note(counts)
-        return rows
+        return rows, drawn
 
     def _take_turn(self) -> Decoder | StagedDecoder:
         decoder = self._opened()

@@ -50,15 +50,12 @@ class LayerKV:
         pool: `None` when everything is resident.
         importance: NOSA's bias per key, f32; `None` for other models.
         summary: the selector's; `None` in dense mode.
-        receipt: of the last write into the layer's host records by a kernel; `None` if no kernel
-            writes there.
     """
 
     slots: Float[Array, "B K R 2 W H"]
     pool: SlotPool | None
     importance: Float[Array, "B K M W"] | None
     summary: KeySummary | None
-    receipt: Int[Array, " 1"] | None = None
 
 
 @typing.no_type_check
@@ -71,12 +68,15 @@ class KVState:
         lengths: tokens held of each sequence.
         reach: length that each sequence may grow to; selects LongRoPE's factors.
         step: number of the next step, from 1.
+        receipt: of the last step's writes into host records by kernels; `None` if no kernel writes
+            there.
     """
 
     layers: list[LayerKV]
     lengths: Int[Array, " B"]
     reach: Int[Array, " B"]
     step: Int[Array, ""]
+    receipt: Int[Array, " 1"] | None = None
 
 
 def seed_resident(cache: LayerCache, *, block_size: int) -> LayerKV:
@@ -186,8 +186,8 @@ def append_tokens(
     """
     num_slots, block_size = kv.slots.shape[2], kv.slots.shape[4]
     rows, heads, slot, offset, _ = tail_place(tail, positions, num_slots, block_size)
-    slots = kv.slots.at[rows, heads, slot, 0, offset].set(k[:, 0], mode="drop")
-    slots = slots.at[rows, heads, slot, 1, offset].set(v[:, 0], mode="drop")
+    both = jnp.stack([k[:, 0], v[:, 0]], axis=2)  # [B K 2 H]
+    slots = kv.slots.at[rows, heads, slot, :, offset].set(both, mode="drop")
     if importance is None:
         return dataclasses.replace(kv, slots=slots)
     assert kv.importance is not None  # it has room for what the model makes

@@ -133,8 +133,9 @@ def test_rows_end_by_an_end_token_or_their_last_token_and_then_draw_nothing():
         left=jnp.array([9, 9, 9, 1]),
         requests=jnp.arange(4),
     )
-    drawn = draw_tokens(logits, rows, jnp.full((4,), 3), None, draw=Draw(eos_ids=(0,)))
-    assert drawn.tokens.tolist() == [1, 0, 0, 1]
-    assert drawn.active.tolist() == [True, False, False, False]
-    assert drawn.left.tolist() == [8, 8, 9, 0]
-    assert drawn.requests.tolist() == [0, 1, 2, 3]
+    after, drawn = draw_tokens(logits, rows, jnp.full((4,), 3), None, draw=Draw(eos_ids=(0,)))
+    assert drawn.tokens.tolist() == after.tokens.tolist() == [1, 0, 0, 1]
+    assert drawn.is_new.tolist() == rows.active.tolist()
+    assert drawn.goes_on.tolist() == after.active.tolist() == [True, False, False, False]
+    assert after.left.tolist() == [8, 8, 9, 0]
+    assert after.requests.tolist() == [0, 1, 2, 3]
