@@ -10,6 +10,7 @@ holds random state becomes an inert placeholder. Any other name refuses the file
 
 import collections
 import io
+import math
 import pathlib
 import pickle
 import struct
@@ -199,7 +200,7 @@ class TorchFile:
         """Read one tensor.
 
         Raises:
-            CheckpointError: its storage is missing or smaller than the tensor needs.
+            CheckpointError: its storage is missing, or has fewer elements than the tensor.
         """
         name = f"{self._root}data/{tensor.key}"
         need = tensor.count * tensor.dtype.itemsize
@@ -209,6 +210,11 @@ class TorchFile:
         if 0 in tensor.shape or min((tensor.offset, *tensor.strides)) < 0 or last >= tensor.count:
             raise CheckpointError(
                 f"{self.path}: a tensor of shape {list(tensor.shape)} reaches element {last} of a "
+                f"storage of {tensor.count}"
+            )
+        if math.prod(tensor.shape) > tensor.count:  # a stride of 0 would make anything of little
+            raise CheckpointError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} has more elements than its "
                 f"storage of {tensor.count}"
             )
         try:

@@ -324,6 +324,19 @@ def test_nosa_without_its_tensors_is_told_so(golden, tmp_path):
         load_pretrained(tmp_path / "nosa")
 
 
+def test_a_small_nosa_without_a_rule_loads_with_64_and_16_blocks_and_says_so(
+    golden, tmp_path, caplog
+):
+    shutil.copytree(golden / "transformers" / "nosa", tmp_path / "nosa")
+    edit_config(tmp_path / "nosa", sparse_config=None)
+    model = SpardaLM.from_pretrained(tmp_path / "nosa", progress=None)
+    assert model.config.token_importance
+    sparse = model.config.sparse
+    assert (sparse.selected_blocks, sparse.query_blocks, sparse.local_blocks) == (64, 16, 16)
+    said = "NOSA checkpoint without sparse_config: 64 selected and 16 query-aware blocks"
+    assert [record.levelname for record in caplog.records if said in record.message] == ["WARNING"]
+
+
 def test_a_tied_head_may_repeat_the_embedding_but_not_differ(tmp_path):
     model = tiny_model(tie_embeddings=True)
     save_pretrained(model, tmp_path / "m")

@@ -244,6 +244,7 @@ def stored(**changes):
         ({"shape": (6,)}, r"shape \[6\] reaches element 5 of a storage of 5"),
         ({"offset": 1}, r"shape \[5\] reaches element 5 of a storage of 5"),
         ({"shape": (2, 3), "strides": (3, 1)}, r"shape \[2, 3\] reaches element 5"),
+        ({"shape": (10**15,), "strides": (0,)}, "has more elements than its storage of 5"),
         ({"offset": -1}, "reaches element 3"),
         ({"strides": (-1,)}, "reaches element -4"),
         ({"count": 6, "shape": (6,)}, "data/0 holds 20 bytes, expected 24"),
