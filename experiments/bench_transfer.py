@@ -5,10 +5,10 @@
     python -m experiments.bench_transfer
 
 Tables in one record: the link's ceilings in both directions; `gather_blocks` by size; for fetches
-of 10 to 80 % of the compute of a decode step with the matmuls of an 8B model, the share of the fetch
-that is hidden: 1 − (both − compute) / fetch; `write_blocks` by size; and both by CTAs and transfers
-in flight. All are wall times of programs that repeat the thing, issued ahead so that dispatch is
-hidden. A row is printed when it is measured, and the record is written after every table.
+of 10 to 80 % of the compute of a decode step with the matmuls of an 8B model, what share of the
+fetch is hidden: 1 − (both − compute) / fetch; `write_blocks` by size; and both by CTAs and
+transfers in flight. All are wall times of programs that repeat the thing, issued ahead so that
+dispatch is hidden. A row is printed once it is measured, the record written after every table.
 """
 
 import contextlib

@@ -121,7 +121,13 @@ def cases(*, tiny: bool = False) -> list[Case]:
         tiny: shapes that the reference computes on a CPU in seconds.
     """
     if tiny:
-        small = {"heads": 4, "head_dim": 16, "slots": 3, "block_size": 8, "dtype": "float32"}
+        small: dict[str, Any] = {
+            "heads": 4,
+            "head_dim": 16,
+            "slots": 3,
+            "block_size": 8,
+            "dtype": "float32",
+        }
         small |= {"pool_size": 4, "pool_stride": 2, "windows": 5}
         return [_case("tiny", "reference", batch=2, **small)]
     chosen: tuple[Implementation, ...] = ("triton", "reference")

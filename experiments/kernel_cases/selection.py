@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one layer spends on its choice, several ops in a row: scores, the best blocks, the plan.
 
-No op of its own: in decode `block_scores`, `select_blocks` and `plan_fetch`, one after the other; in
-prefill the first two, for the queries of a whole prompt in tiles as a model takes them, so that no
-score of a (query, pooled key) pair is in memory, and block scores are for one tile only.
+No op of its own: in decode `block_scores`, `select_blocks` and `plan_fetch`, one after the other;
+in prefill the first two, for the queries of a whole prompt in tiles as a model takes them, so that
+no score of a (query, pooled key) pair is in memory, and block scores are for one tile only.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class _Shape(scores_case.Shape):
     missing: int = 4
 
     @property
-    def choice(self) -> dict[str, int]:
+    def choice(self) -> dict[str, Any]:
         """Collect the sizes that the choice takes."""
         names = ("block_size", "sink_blocks", "local_blocks", "selected_blocks")
         return {name: getattr(self, name) for name in names}
@@ -122,7 +122,7 @@ def _decode(*operands: Array, shape: _Shape, implementation: Any) -> Plan:
 
 
 def _check_plan(plan: Plan, operands: tuple[Array, ...], *, shape: _Shape) -> None:
-    """Hold the plan to its definition, for the ids that the ops choose in a program of their own."""
+    """Hold the plan to its definition, for the ids that the ops choose without it."""
 
     @jax.jit
     def plain(*operands: Array) -> Plan:
@@ -199,7 +199,12 @@ def cases(*, tiny: bool = False) -> list[Case]:
         tiny: shapes that run on a CPU in seconds, by the reference.
     """
     if tiny:
-        small = {"tokens": 2048, "head_dim": 16, "dtype": "float32", "local_blocks": 2}
+        small: dict[str, Any] = {
+            "tokens": 2048,
+            "head_dim": 16,
+            "dtype": "float32",
+            "local_blocks": 2,
+        }
         small |= {"selected_blocks": 9, "slots": 12, "missing": 2}
         decode = _Shape(batch=2, queries=1, **small)
         return [
