@@ -1,0 +1,369 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""Times of decode steps, and of what they are held to.
+
+A step is timed among many that are issued ahead, so dispatch is hidden as it is in use. The floor
+is made of parts measured in the same process: all matmuls as one program, the copy bandwidth of the
+device, and the gathers of a step alone.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from experiments.decode_cells import Setting
+from experiments.decode_drift import DriftSelector, DriftSummary
+from pallas_kernels import gather_blocks
+from sparda_jax.decode import Decoder
+from sparda_jax.kv.host import HostKV, record_bytes
+from sparda_jax.kv.state import LayerKV
+from sparda_jax.parts import Layout, Parts
+from sparda_jax.sampling import Draw, Rows
+
+_COPIED = 1 << 28  # bytes of the array that measures the copy bandwidth
+_HOST_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long a row is measured.
+
+    Attributes:
+        warm_up: steps before the first timed one.
+        steps: steps of one sample.
+        repeats: samples; the median counts.
+    """
+
+    warm_up: int = 8
+    steps: int = 64
+    repeats: int = 3
+
+    @property
+    def total(self) -> int:
+        """Count the tokens that a row feeds."""
+        return self.warm_up + (self.repeats + 1) * self.steps + _HOST_STEPS
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What the steps of a row took.
+
+    Attributes:
+        seconds: of a step among many, one number a sample.
+        each: of single steps, by when their tokens came to the host, one step late.
+        host_seconds: what Python needs for a call while the device is idle.
+        fetched: blocks that a step fetched, mean over the timed steps.
+    """
+
+    seconds: tuple[float, ...]
+    each: tuple[float, ...]
+    host_seconds: float
+    fetched: float
+
+
+class Runner:
+    """Drives a decoder from its context on, again and again, with a chosen drift.
+
+    Args:
+        decoder: at `setting.context`.
+        setting: the sizes.
+        drifting: what its plan chooses by; `None` in dense mode.
+    """
+
+    def __init__(self, decoder: Decoder, setting: Setting, drifting: DriftSelector | None) -> None:
+        self.decoder = decoder
+        self._setting, self._drifting = setting, drifting
+        self._begin = self._new = self._done = 0
+        batch = setting.batch
+        self._tokens: Int[Array, " B"] = jnp.zeros((batch,), jnp.int32)  # the last that were drawn
+        self._rows = Rows(
+            tokens=jnp.zeros((batch,), jnp.int32),
+            active=jnp.ones((batch,), bool),
+            left=jnp.full((batch,), 1 << 30, jnp.int32),
+            requests=jnp.arange(batch, dtype=jnp.int32),
+        )
+
+    def restart(self, new_blocks: int) -> None:
+        """Go back to the first position; the window stays where it is and drifts on.
+
+        Args:
+            new_blocks: per step, from the second step on.
+
+        Raises:
+            ValueError: more than a choice has.
+        """
+        state, batch = self.decoder.state, self._setting.batch
+        layers = state.layers
+        if self._drifting is not None:
+            if new_blocks > self._drifting.hot:
+                raise ValueError(f"{new_blocks=} must be at most {self._drifting.hot}")
+            self._begin = (self._begin + self._new * self._done) % self._drifting.turn
+            drift = (self._setting.context, self._begin, new_blocks)
+            layers = [redirect(kv, (layer, *drift)) for layer, kv in enumerate(layers)]
+        self._new, self._done = new_blocks, 0
+        lengths = jnp.full((batch,), self._setting.context, jnp.int32)
+        self.decoder.state = dataclasses.replace(state, layers=layers, lengths=lengths)
+
+    def advance(self) -> Int[Array, "L 3"]:
+        """Issue one step; give its counts of blocks resident, fetched and evicted."""
+        self._rows, drawn, counts = self.decoder.advance(self._rows, None, Draw())
+        self._tokens = drawn.tokens
+        self._done += 1
+        return counts
+
+    def wait(self) -> None:
+        """Wait for all that was issued."""
+        jax.block_until_ready((self._tokens, self.decoder.state.lengths))
+
+    def compile(self) -> float:
+        """Run the first step; give the seconds that it took, compilation included."""
+        begun = time.perf_counter()
+        self.advance()
+        self.wait()
+        return time.perf_counter() - begun
+
+    def measure(self, new_blocks: int, effort: Effort) -> Steps:
+        """Time steps with a drift, from the first position on.
+
+        Args:
+            new_blocks: per step.
+            effort: how many steps.
+        """
+        self.restart(new_blocks)
+        for _ in range(effort.warm_up):
+            self.advance()
+        self.wait()
+        seconds, counts = [], []
+        for _ in range(effort.repeats):
+            begun = time.perf_counter()
+            counts += [self.advance() for _ in range(effort.steps)]
+            self.wait()
+            seconds.append((time.perf_counter() - begun) / effort.steps)
+        fetched = np.stack(jax.device_get(counts))[:, :, 1].astype(np.int64).sum(axis=1)
+        return Steps(
+            seconds=tuple(seconds),
+            each=self._time_each(effort.steps),
+            host_seconds=self._time_calls(),
+            fetched=float(fetched.mean()),
+        )
+
+    def _time_each(self, steps: int) -> tuple[float, ...]:
+        """Take the time between the arrivals of tokens, each read while the next step runs."""
+        arrived, last = [], None
+        for _ in range(steps):
+            self.advance()
+            self._tokens.copy_to_host_async()
+            if last is not None:
+                np.asarray(last)
+                arrived.append(time.perf_counter())
+            last = self._tokens
+        self.wait()
+        return tuple(np.diff(arrived).tolist())
+
+    def _time_calls(self) -> float:
+        found = []
+        for _ in range(_HOST_STEPS):
+            begun = time.perf_counter()
+            self.advance()
+            found.append(time.perf_counter() - begun)
+            self.wait()
+        return float(np.median(found))
+
+
+def redirect(kv: LayerKV, drift: tuple[int, ...]) -> LayerKV:
+    """Let the choices of a layer drift in another way, as `DriftSummary.drift` says."""
+    assert isinstance(kv.summary, DriftSummary)  # what a `DriftSelector` keeps
+    summary = dataclasses.replace(kv.summary, drift=jnp.array(drift, jnp.int32))
+    return dataclasses.replace(kv, summary=summary)
+
+
+def seconds_each(run: Callable[[], Array], *, runs: int, samples: int = 5) -> float:
+    """Time a run among several that follow each other; the median of some samples.
+
+    Args:
+        run: issues the work and gives an array that is ready when it is done.
+        runs: in a sample.
+        samples: how many.
+    """
+    for _ in range(2):
+        jax.block_until_ready(run())
+    found = []
+    for _ in range(samples):
+        begun = time.perf_counter()
+        last = None
+        for _ in range(runs):
+            last = run()
+        jax.block_until_ready(last)
+        found.append((time.perf_counter() - begun) / runs)
+    return float(np.median(found))
+
+
+def multiply_all(layout: Layout, parts: Parts, x: Float[Array, "B 1 D"]) -> list[Array]:
+    """Run every matmul of a decode step and nothing else: one array a weight, in order.
+
+    Args:
+        layout: of the model.
+        parts: its weights.
+        x: input of the first layer.
+
+    Returns:
+        What would otherwise be unused, and the logits.
+    """
+    model = layout.merge(parts)
+    small = jnp.asarray(1e-3, x.dtype)
+    out: list[Array] = []
+    for block in model.layers:
+        attention = block.attention
+        q = jnp.einsum("btd,dnh->btnh", x, attention.q_proj[...])
+        narrow = (
+            attention.k_proj,
+            attention.v_proj,
+            attention.forecast_proj,
+            attention.entry_forecast_proj,
+        )
+        out += [jnp.einsum("btd,dkh->btkh", x, w[...]) for w in narrow if w is not None]
+        x = x + small * attention.output(q)
+        x = x + small * block.mlp(x)
+    weight = model.embed[...].T if model.lm_head is None else model.lm_head[...]
+    return [*out, jnp.einsum("btd,dv->btv", x, weight, preferred_element_type=jnp.float32)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """What a step cannot be faster than, measured here.
+
+    Attributes:
+        matmul_seconds: all matmuls as one program.
+        copy_bytes_per_s: read and written by a device copy.
+    """
+
+    matmul_seconds: float
+    copy_bytes_per_s: float
+
+
+def measure_floor(layout: Layout, parts: Parts, setting: Setting) -> Floor:
+    """Measure the matmuls of a step and the copy bandwidth.
+
+    Args:
+        layout: of the model.
+        parts: its weights.
+        setting: for the batch.
+    """
+    config = setting.config
+    x = jax.random.normal(jax.random.key(2), (setting.batch, 1, config.width), config.dtype)
+    program = jax.jit(lambda parts, x: multiply_all(layout, parts, x))
+    matmul = seconds_each(lambda: program(parts, x)[-1], runs=16)
+    size = _COPIED if jax.default_backend() == "gpu" else 1 << 20
+    memory = jnp.zeros((size // 4,), jnp.float32)
+    add = jax.jit(lambda x: x + jnp.ones_like(x))
+    return Floor(
+        matmul_seconds=matmul,
+        copy_bytes_per_s=2 * size / seconds_each(lambda: add(memory), runs=16),
+    )
+
+
+def read_bytes(setting: Setting, *, reads_all: bool) -> int:
+    """Count the bytes of K, V and pooled keys that a step reads from device memory.
+
+    Args:
+        setting: the sizes.
+        reads_all: every block instead of the chosen ones, and no pooled keys.
+    """
+    config = setting.config
+    lanes = config.layers * setting.batch * config.kv_heads
+    if reads_all:
+        return lanes * config.sparse.blocks(setting.context) * record_bytes(config)
+    key_bytes = config.head_dim * jnp.dtype(config.dtype).itemsize
+    chosen = config.sparse.selected_blocks * record_bytes(config)
+    return lanes * (chosen + config.sparse.pooled(setting.context) * key_bytes)
+
+
+class FetchAlone:
+    """The gathers of a step and nothing else, layer after layer, into the slots of a decoder.
+
+    Args:
+        host: the records.
+        setting: the sizes.
+        most: blocks per (layer, row, head) at most.
+    """
+
+    def __init__(self, host: HostKV, setting: Setting, most: int) -> None:
+        config, lanes = setting.config, setting.batch * setting.config.kv_heads
+        self._lanes = lanes
+        layers = range(config.layers)
+        self._records = [host.operand(layer) for layer in layers]
+        rng = np.random.default_rng(3)
+        room = lanes * config.sparse.selected_blocks  # as long as the lists of a plan
+
+        def moves(count: int) -> np.ndarray:
+            """List distinct places of each lane, lane after lane, then the next of each."""
+            found = np.stack([rng.permutation(count)[:most] for _ in range(lanes)], axis=1)
+            found = (found + count * np.arange(lanes)).reshape(-1).astype(np.int32)
+            return np.pad(found, (0, room - found.size), constant_values=-1)
+
+        self._lists = [
+            (jnp.asarray(moves(setting.num_blocks)), jnp.asarray(moves(setting.slots)))
+            for _ in layers
+        ]
+
+        def run(
+            slots: list[Array], records: list[Array], lists: list[tuple[Array, Array]], count: Array
+        ) -> list[Array]:
+            return [
+                gather_blocks(
+                    held.reshape(-1, *held.shape[3:]),
+                    source,
+                    places,
+                    count,
+                    into.reshape(-1, *into.shape[3:]),
+                ).reshape(into.shape)
+                for into, held, (source, places) in zip(slots, records, lists, strict=True)
+            ]
+
+        self._program = jax.jit(run, donate_argnums=0)
+
+    def seconds(self, runner: Runner, new_blocks: int) -> float:
+        """Time the gathers of `new_blocks` per (layer, row, head).
+
+        Args:
+            runner: whose slots are filled; what its pools say of them is no longer true.
+            new_blocks: at most `most`.
+        """
+        if new_blocks == 0:
+            return 0.0
+        count = jnp.array([new_blocks * self._lanes], jnp.int32)
+        decoder = runner.decoder
+        slots = [kv.slots for kv in decoder.state.layers]
+
+        def run() -> Array:
+            slots[:] = self._program(slots, self._records, self._lists, count)
+            return slots[-1]
+
+        try:
+            return seconds_each(run, runs=8)
+        finally:
+            layers = [
+                dataclasses.replace(kv, slots=filled)
+                for kv, filled in zip(decoder.state.layers, slots, strict=True)
+            ]
+            decoder.state = dataclasses.replace(decoder.state, layers=layers)
+
+
+def copy_rate_from_host(host: HostKV) -> float:
+    """Measure bytes/s of the copy engine from the host's records to the device."""
+    view = host.view(0).reshape(-1)
+    part = view[: min(view.size, _COPIED // view.itemsize)]
+    return part.nbytes / seconds_each(lambda: jax.device_put(part), runs=4)
+
+
+def device_bytes(*live: object) -> int:
+    """Give the most bytes that this process had on the device; on a CPU those of `live`."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(live))

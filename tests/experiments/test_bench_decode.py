@@ -1,0 +1,381 @@
+# Copyright 2026 The sparda_jax authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of decoding at a size that says nothing: rows, drifts, and cells that fail."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench_decode, decode_process, records
+from experiments.bench_decode import Config, main
+from experiments.decode_cells import (
+    METHODS,
+    Cell,
+    fill_host,
+    host_bytes,
+    largest_batch,
+    make_setting,
+    make_state,
+    make_weights,
+    model_config,
+    parse_cell,
+    state_bytes,
+    weight_bytes,
+)
+from experiments.decode_drift import DriftSelector
+from experiments.decode_process import Wanted, drifts_of, measure_cell
+from experiments.decode_timing import Effort, FetchAlone, Runner, multiply_all, read_bytes
+from experiments.decode_trace import SLOTS, replay, trace_rows
+from sparda_jax.decode import Decoder
+from sparda_jax.kv.host import HostKV
+from sparda_jax.selectors import resolve
+
+TINY = Config(
+    tiny=True,
+    cells=("B2 768",),
+    methods=("sparda_offload", "sparda_resident"),
+    new_blocks=(4,),
+    steps=6,
+    repeats=2,
+    warm_up=2,
+    out=None,
+    commit="0123abcd",
+    dirty=False,
+)
+EFFORT = Effort(warm_up=2, steps=9, repeats=2)
+
+
+def setting_of(model="minicpm4_1_8b", **changes):
+    config = model_config(model, is_tiny=True)
+    return make_setting(config, **({"context": 768, "batch": 2, "steps": 64} | changes))
+
+
+def drifting(setting, mode="sparda"):
+    return DriftSelector(setting.config, resolve(mode, setting.config, None), setting.context)
+
+
+@pytest.fixture(scope="module")
+def running():
+    """Drive the offloaded methods of both models, one decoder each, made when asked for."""
+    open_ = []
+    made = {}
+
+    def start(model, name):
+        if (model, name) not in made:
+            setting, method = setting_of(model), METHODS[name]
+            layout, parts = made.setdefault(model, make_weights(setting.config))
+            host = HostKV(setting.config, setting.batch, setting.capacity, page_lock="never")
+            fill_host(host, setting.config)
+            plan, state = setting.plan(method.mode), make_state(setting, method)
+            decoder = Decoder(layout, parts, plan, state, host, has_lookahead=method.has_lookahead)
+            open_.extend([decoder, host])
+            made[model, name] = Runner(decoder, setting, plan.selector), setting, host
+        return made[model, name]
+
+    yield start
+    for each in open_:
+        each.close()
+
+
+# --- choices that drift ---------------------------------------------------------------------------
+
+
+def counts_of(runner, steps):
+    return np.stack([np.asarray(runner.advance()) for _ in range(steps)])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("minicpm4_1_8b", "sparda_offload"),
+        pytest.param("minicpm4_1_8b", "sparse_offload", marks=pytest.mark.slow),
+        pytest.param("nosa_8b", "sparda_offload", marks=pytest.mark.slow),
+    ],
+)
+def test_every_step_misses_exactly_the_new_blocks(running, model, name):
+    runner, setting, _ = running(model, name)
+    lanes = setting.batch * setting.config.kv_heads
+    for new in (4, 0, 16, 1, 2, 8, 0, 3):
+        runner.restart(new)
+        counts = counts_of(
+            runner, 20
+        )  # two block boundaries; more than the slots behind the window
+        np.testing.assert_array_equal(counts[1:, :, 1], new * lanes)
+        np.testing.assert_array_equal(counts[:, :, 0] + counts[:, :, 1], 24 * lanes)
+
+
+def test_a_drift_goes_round_without_meeting_its_own_blocks(running):
+    runner, setting, _ = running("minicpm4_1_8b", "sparda_offload")
+    lanes = setting.batch * setting.config.kv_heads
+    runner.restart(16)
+    assert 30 * 16 > 4 * drifting(setting).turn
+    np.testing.assert_array_equal(counts_of(runner, 30)[1:, :, 1], 16 * lanes)
+
+
+def test_a_seeded_pool_is_consistent_and_holds_the_first_choice():
+    setting = setting_of()
+    selector = drifting(setting)
+    table, slot_blocks, ages = selector.seed(
+        jnp.int32(1), setting.batch, setting.num_blocks, setting.slots
+    )
+    own = setting.context // setting.config.sparse.block_size
+    for row, head in np.ndindex(2, 2):
+        ids = np.asarray(slot_blocks[row, head])
+        assert len(set(ids.tolist())) == setting.slots
+        assert set(range(own - 3, own + 1)) | {0} <= set(ids.tolist())
+        np.testing.assert_array_equal(np.asarray(table[row, head])[ids], np.arange(setting.slots))
+        assert int((table[row, head] >= 0).sum()) == setting.slots
+    used = np.sort(np.asarray(ages), axis=-1)[0, 0]
+    np.testing.assert_array_equal(used[-24:], 0)
+    np.testing.assert_array_equal(used[:8], np.arange(-8, 0))
+
+
+def test_the_cycle_is_a_permutation_that_differs_by_layer_row_and_head():
+    setting = setting_of()
+    selector = drifting(setting)
+    places = [
+        np.asarray(selector.place(jnp.int32(layer), 2, setting.num_blocks)[0][..., 1:93])
+        for layer in (0, 1)
+    ]
+    assert selector.turn == 92
+    np.testing.assert_array_equal(np.sort(places[0], axis=-1)[1, 1], np.arange(92))
+    flat = np.concatenate(places).reshape(-1, 92)
+    assert len({tuple(row) for row in flat}) == len(flat)
+
+
+def test_a_context_that_cannot_drift_is_refused():
+    with pytest.raises(ValueError, match=r"self.context=770 must be a multiple of block_size=8"):
+        setting_of(context=770).plan("sparda")
+    with pytest.raises(ValueError, match=r"self.context=160 leaves 16 blocks to choose 19 from"):
+        setting_of(context=160).plan("sparda")
+    with pytest.raises(ValueError, match=r"slots=98 must be 24 to 97"):
+        drifting(setting_of()).seed(jnp.int32(0), 2, 104, 98)
+
+
+def test_more_new_blocks_than_a_choice_has_are_refused(running):
+    runner, _, _ = running("minicpm4_1_8b", "sparda_offload")
+    with pytest.raises(ValueError, match=r"new_blocks=20 must be at most 19"):
+        runner.restart(20)
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def test_cells_are_read_as_they_are_named():
+    for text in bench_decode.CELLS:
+        if text != bench_decode.TRACE:
+            assert parse_cell(text).name == text
+    assert parse_cell("B4 32K").methods == tuple(METHODS)
+    assert parse_cell("Bmax 64K 24GiB") == Cell(
+        model="minicpm4_1_8b",
+        context=65536,
+        batch=None,
+        methods=("sparda_offload", "sparse_resident"),
+        device_gib=24.0,
+    )
+    with pytest.raises(ValueError, match="'B4' is no cell"):
+        parse_cell("B4")
+    with pytest.raises(ValueError, match=r"methods=\['fast'\] are unknown; known: sparda_offload"):
+        parse_cell("B4 32K", ("fast",))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bytes_of_a_state_are_those_that_are_made(name):
+    setting = setting_of()
+    state = make_state(setting, METHODS[name])
+    assert state_bytes(setting, METHODS[name]) == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_the_arithmetic_of_the_8b_model():
+    config = model_config("minicpm4_1_8b")
+    setting = make_setting(config, context=131072, batch=16, steps=320)
+    assert weight_bytes(config) / 1e9 == pytest.approx(16.4, abs=0.2)
+    assert host_bytes(setting) / 2**30 == pytest.approx(64, abs=0.3)
+    assert setting.slots == 128
+    with HostKV(setting_of().config, 2, setting_of().capacity) as host:
+        assert host.nbytes == host_bytes(setting_of())
+    sizes = {"context": 131072, "steps": 320}
+    assert largest_batch(config, METHODS["sparda_offload"], 8 << 30, 50 << 30, **sizes) == 12
+    assert largest_batch(config, METHODS["sparse_resident"], 9 << 30, 0, **sizes) == 2
+
+
+def test_the_floor_reads_what_was_chosen_and_the_pooled_keys():
+    setting = setting_of()
+    lanes, record = 3 * 2 * 2, 2 * 8 * 16 * 4
+    assert read_bytes(setting, reads_all=True) == lanes * 96 * record
+    assert read_bytes(setting, reads_all=False) == lanes * (24 * record + 383 * 64)
+
+
+def test_the_matmuls_are_those_of_the_model():
+    setting = setting_of()
+    layout, parts = make_weights(setting.config)
+    out = multiply_all(layout, parts, jnp.ones((2, 1, 32), jnp.float32))
+    assert len(out) == 3 * 2 + 2 + 1 + 1  # k and v of three layers, two forecasts, entry, logits
+    assert out[-1].shape == (2, 1, 64)
+    assert all(bool(jnp.isfinite(x).all()) for x in out)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def test_a_row_is_timed_and_its_fetches_are_counted(running):
+    runner, setting, _ = running("minicpm4_1_8b", "sparda_offload")
+    found = runner.measure(5, EFFORT)
+    lanes = setting.config.layers * setting.batch * setting.config.kv_heads
+    assert found.fetched == 5 * lanes
+    assert (len(found.seconds), len(found.each)) == (2, 7)
+    assert min(*found.seconds, *found.each, found.host_seconds) > 0.0
+
+
+def test_the_fetch_alone_leaves_the_decoder_able_to_go_on(running):
+    runner, setting, host = running("minicpm4_1_8b", "sparda_offload")
+    alone = FetchAlone(host, setting, 6)
+    assert alone.seconds(runner, 0) == 0.0
+    assert alone.seconds(runner, 6) > 0.0
+    for source, places in alone._lists:
+        for moves in (np.asarray(source), np.asarray(places)):
+            assert len(set(moves[:24].tolist())) == 24
+            assert set(moves[24:].tolist()) == {-1}
+    assert runner.advance().shape == (3, 3)
+
+
+def test_drifts_begin_with_none_where_something_is_fetched():
+    assert drifts_of(METHODS["sparda_offload_no_prefetch"], (4, 8, 16)) == [0, 4, 8]
+    assert drifts_of(METHODS["dense_resident"], (4,)) == [0]
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def test_a_replay_fetches_what_is_in_no_slot():
+    ids = [[0, 1, 9], [0, 2, 9], [0, 1, 9], [0, 3, 9], [0, 2, 9], [1, 9, -1]]
+    choices = jnp.array(ids)[:, None, None, :]
+    own = jnp.full((6, 1), 9)
+    counts = np.asarray(replay(choices, own, slots=4, num_blocks=10))
+    # the own block 9 is never fetched; 3 takes the slot of 2, 2 that of 1, 1 that of 3
+    np.testing.assert_array_equal(counts[:, 1], [2, 1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(counts[:, 2], [0, 0, 0, 1, 1, 1])
+    few = np.asarray(replay(choices, own, slots=3, num_blocks=10))
+    np.testing.assert_array_equal(few[:, 1], [2, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.slow
+def test_more_slots_never_miss_more_on_the_shipped_model():
+    rows = list(trace_rows(is_tiny=True))
+    assert [row["slots"] for row in rows] == [*SLOTS, *SLOTS]
+    assert all(set(bench_decode.KEY) <= set(row) for row in rows)
+    for mine in (rows[:4], rows[4:]):
+        misses = [row["misses"] for row in mine]
+        assert misses == sorted(misses, reverse=True)
+        assert 0.0 <= misses[-1] <= misses[0] < 23
+
+
+# --- rows and records -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_method_gives_rows():
+    cell = parse_cell("B2 768", tuple(METHODS))
+    wanted = Wanted(effort=Effort(warm_up=1, steps=3, repeats=1), new_blocks=(2,), is_tiny=True)
+    found = list(measure_cell(cell, wanted))
+    assert [name for name, row in found if row is None] == list(METHODS)
+    rows = [row for _, row in found if row is not None]
+    assert [row["status"] for row in rows] == ["ok"] * 9
+    for row in rows:
+        assert {*bench_decode.KEY, "tokens_per_s", "p99_ms", "floor_ratio"} <= set(row)
+        assert row["tokens_per_s"] == pytest.approx(2 / row["ms_per_step"] * 1e3)
+        assert row["device_bytes"] > 0
+        is_offloaded = row["method"].partition("_")[2].startswith("offload")
+        assert (row["host_bytes"] > 0) == is_offloaded
+        assert row["misses"] == (row["new_blocks_per_step"] if is_offloaded else 0)
+    by = {(row["method"], row["new_blocks_per_step"]): row for row in rows}
+    row, without = by["sparda_offload", 2], by["sparda_offload", 0]
+    hidden = 1 - (row["ms_per_step"] - without["ms_per_step"]) / row["fetch_ms"]
+    assert row["hidden_share"] == pytest.approx(hidden)
+    assert row["h2d_gb_per_s"] == pytest.approx(row["fetched_bytes"] / row["ms_per_step"] / 1e6)
+
+
+def test_a_cell_that_the_host_cannot_hold_is_named():
+    cell = parse_cell("B2 768", ("sparda_offload",))
+    wanted = Wanted(host_gb=1e-6, is_tiny=True)
+    (row,) = (row for _, row in measure_cell(cell, wanted) if row is not None)
+    assert row["status"] == "skipped: needs 0 GB of host memory"
+
+
+def test_out_of_memory_tries_a_smaller_batch_and_ends_as_a_row(monkeypatch):
+    tried = []
+
+    def fail(self, method, setting, first):
+        tried.append(setting.batch)
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of device memory")
+        yield
+
+    monkeypatch.setattr(decode_process.Bench, "_measure", fail)
+    monkeypatch.setattr(decode_process.Bench, "batches", lambda self, method: [5, 3])
+    cell = parse_cell("Bmax 768 24GiB", ("sparse_resident",))
+    (row,) = (row for _, row in measure_cell(cell, Wanted(is_tiny=True)) if row is not None)
+    assert tried == [5, 3]
+    assert (row["status"], row["batch"], row["device_gib"]) == ("out of memory", 3, 24.0)
+
+
+def test_the_largest_batch_is_tried_first():
+    cell = parse_cell("Bmax 768", ("sparda_offload",))
+    bench = decode_process.Bench(cell, Wanted(is_tiny=True, host_gb=2e-2))
+    batches = bench.batches(METHODS["sparda_offload"])
+    bench.close()
+    assert batches == sorted(batches, reverse=True)
+    assert batches[0] > batches[-1] >= 1
+    assert batches[0] == 2e7 // host_bytes(bench.setting(1))
+
+
+@pytest.mark.slow
+def test_the_record_keeps_rows_of_other_cells(tmp_path):
+    first = main(dataclasses.replace(TINY, out=tmp_path, methods=("dense_resident",)))
+    assert [row["method"] for row in first.rows] == ["dense_resident"]
+    second = dataclasses.replace(TINY, out=tmp_path, commit="abcd0123", cache=tmp_path / "cache")
+    record = main(second)
+    assert [row["method"] for row in record.rows] == [
+        *("dense_resident", "sparda_offload", "sparda_offload", "sparda_resident")
+    ]
+    assert record.rows[0]["commit"] == "0123abcd"
+    assert records.read(records.path_of(record, tmp_path)) == record
+    assert "--cells 'B2 768'" in record.command
+    assert "--tiny" in record.command
+    assert all(math.isfinite(row["ms_per_step"]) for row in record.rows)
+
+
+def test_a_method_that_takes_its_process_down_is_a_row(monkeypatch):
+    asked = []
+
+    def supervise(self, cell):
+        self._head = bench_decode.head_of(TINY)
+        asked.append(cell.methods)
+        return cell.methods[0] if len(asked) == 1 else True
+
+    monkeypatch.setattr(bench_decode._Run, "_supervise", supervise)
+    record = main(TINY)
+    assert asked == [("sparda_offload", "sparda_resident"), ("sparda_resident",)]
+    assert [(r["method"], r["status"]) for r in record.rows] == [("sparda_offload", "crashed")]
+
+
+def test_a_run_without_rows_and_a_dirty_tree_are_refused(monkeypatch):
+    monkeypatch.setattr(bench_decode._Run, "_supervise", lambda self, cell: False)
+    with pytest.raises(ValueError, match="0 rows came of 1 cells"):
+        main(TINY)
+    with pytest.raises(ValueError, match="the tree differs from commit 0123abcd"):
+        bench_decode.head_of(dataclasses.replace(TINY, dirty=True, out=records.RESULTS))
+
+
+def test_a_cap_becomes_a_share_of_the_memory_that_the_device_has(monkeypatch):
+    variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(variable, "unset")
+    answer = type("Answer", (), {"stdout": "81559\n"})
+    monkeypatch.setattr(bench_decode.subprocess, "run", lambda *a, **k: answer)
+    bench_decode.set_memory_fraction(24.0)
+    assert float(bench_decode.os.environ[variable]) == pytest.approx(24 * 1024 / 81559, abs=1e-4)
+    bench_decode.set_memory_fraction(None)
+    assert float(bench_decode.os.environ[variable]) == 0.94
