@@ -195,10 +195,11 @@ def _check(
     def pair(output: Array, operands: tuple[Array, ...], start: int) -> tuple[Array, Array]:
         q, k, v, masks, positions = operands
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, _CHECKED, axis=1)
-        exact = (x.astype(jnp.float32) for x in (part(q), k, v))
+        exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (part(q), k, v))
         want = sparse_attention(
-            *exact, part(masks), part(positions), block_size=block_size, implementation="reference"
-        )
+            exact_q, exact_k, exact_v, part(masks), part(positions),
+            block_size=block_size, implementation="reference",
+        )  # fmt: skip
         return part(output).astype(jnp.float32), want
 
     for start in (0, (length - _CHECKED) // 2, length - _CHECKED):

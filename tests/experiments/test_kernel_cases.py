@@ -52,7 +52,7 @@ def test_a_choice_of_other_blocks_is_refused():
     choice = PREFILL.call(*operands)
     wrong = dataclasses.replace(choice, ids=choice.ids.at[:, :, 0, 0].add(1))
     with pytest.raises(AssertionError, match=r"share=0.5 of the rows are alike, less than 0.99"):
-        PREFILL.check(wrong, operands)
+        selection._check_choice(wrong, operands, shape=PREFILL.call.keywords["shape"])
 
 
 def test_a_prompt_is_chosen_for_as_in_one_piece():
