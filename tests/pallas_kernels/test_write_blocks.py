@@ -115,10 +115,15 @@ def test_a_write_and_the_reads_after_it_lower_to_a_chain():
         return written.receipt, after
 
     text = _compat.lowered(step, *shapes).as_text()
-    write, read = re.findall(r"(%\d+) = stablehlo.custom_call @mosaic_gpu\w*\(([^)]*)\)", text)
-    assert write[0] in read[1].split(", ")
+    main, *_ = text.split("func.func private")
+    (receipt,) = re.findall(r"(%\d+) = call @_pump\(", main)
+    again = re.findall(r"(%\d+) = sdy.sharding_constraint " + receipt, main)  # of the abstract mesh
+    (read,) = re.findall(r"call @gather_blocks\(([^)]*)\)", main)
+    assert read.split(", ")[-1] in (receipt, *again)
+    operands_of = re.findall(r"stablehlo.custom_call @mosaic_gpu\w*\(([^)]*)\)", text)
+    assert [len(found.split(", ")) for found in operands_of] == [5, 6]  # the receipt is the sixth
     assert len(re.findall(r"output_operand_alias<", text)) == 1  # the slots' alone
-    assert set(re.findall(r"stablehlo\.(\w+)\b(?= )", text)) <= {"custom_call", "reshape"}
+    assert set(re.findall(r"= stablehlo\.(\w+)\b(?= )", text)) <= {"custom_call", "reshape"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_it_lowers_for_cuda_with_the_receipt_as_the_only_result(block_size, head
     text = _compat.lowered(
         lambda *arrays: mosaic_gpu.write_blocks(*arrays, tiles=tiles).receipt, *shapes
     ).as_text()
-    assert set(re.findall(r"stablehlo\.(\w+)\b(?= )", text)) <= {"custom_call", "reshape"}
+    assert set(re.findall(r"= stablehlo\.(\w+)\b(?= )", text)) <= {"custom_call", "reshape"}
     assert "output_operand_alias<" not in text
     assert re.search(r"-> tensor<1xi32>", text)
 
