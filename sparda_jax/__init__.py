@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse decoupled attention with a Forecast projection, in JAX."""
 
+from sparda_jax.batcher import Batcher, Finished
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.errors import (
     BackendError,
@@ -22,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "GREEDY",
     "BackendError",
+    "Batcher",
     "ByteTokenizer",
     "CapacityError",
     "CheckpointError",
     "DataError",
+    "Finished",
     "Generation",
     "HuggingFaceTokenizer",
     "ModelConfig",

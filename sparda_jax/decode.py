@@ -373,6 +373,17 @@ class Decoder:
         self._store(tails, held)
         return rows, drawn, counts
 
+    def replace_row(self, state: KVState, row: int, length: int) -> None:
+        """Go on with a state in which another request has taken a row.
+
+        Args:
+            state: the new one; the old was donated.
+            row: of the request.
+            length: of its prompt.
+        """
+        del row, length  # lengths live on the device here
+        self.state = state
+
     def _held_before(self, active: Bool[Array, " B"]) -> Int[np.ndarray, " B"] | None:
         """Tell where each row writes, −1 if nowhere; `None` where the device stores blocks."""
         if self._host is None or self._way.writes_host:

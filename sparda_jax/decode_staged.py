@@ -215,6 +215,17 @@ class StagedDecoder:
         rows, drawn = _draw_tokens(logits, rows, self.state.lengths, key, draw=draw)
         return rows, drawn, counts
 
+    def replace_row(self, state: KVState, row: int, length: int) -> None:
+        """Go on with a state in which another request has taken a row.
+
+        Args:
+            state: the new one; the old was donated.
+            row: of the request.
+            length: of its prompt.
+        """
+        self.state = state
+        self._lengths[row] = length
+
     def _begin_layer(
         self,
         layer: int,

@@ -6,42 +6,29 @@ A `Session` checks everything before work starts, decides where K and V live, ru
 then takes one token of each row at a time. The tokens may be sampled or given (teacher forcing).
 """
 
-import dataclasses
-import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sparda_jax.capacity import (
-    KVPlace,
-    Prompt,
-    check_prompts,
-    choose_place,
-    free_device_bytes,
-    full_kv_bytes,
-    round_capacity,
-)
-from sparda_jax.chunk import Plan, make_plan
+from sparda_jax.capacity import KVPlace, Prompt, check_prompts, full_kv_bytes
+from sparda_jax.chunk import Plan
 from sparda_jax.decode import Decoder
 from sparda_jax.decode_staged import StagedDecoder
 from sparda_jax.errors import CapacityError
-from sparda_jax.kv.fetch import resolve_fetch
+from sparda_jax.kv.fetch import Fetch
 from sparda_jax.kv.host import HostKV, record_bytes
-from sparda_jax.kv.state import KVState, LayerKV, join_layers, seed_resident, seed_slots
+from sparda_jax.kv.state import KVState, join_layers
 from sparda_jax.kv.traffic import Traffic
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import cut
-from sparda_jax.prefill import Prefilled, chunk_tokens, prefill
 from sparda_jax.sampling import Draw, Drawn, Rows
-from sparda_jax.selectors import Selector, resolve
+from sparda_jax.selectors import Selector
+from sparda_jax.setting import fill_rows, open_decoder, open_host, settle
 from sparda_jax.shapes import Mode, Parity
-
-_LOG = logging.getLogger(__name__)
-_seed_resident = jax.jit(seed_resident, static_argnames="block_size")
-_seed_slots = jax.jit(seed_slots, static_argnames=("slots", "block_size"))
 
 
 class Session:
@@ -96,36 +83,27 @@ class Session:
         prefill_rows: int | None = None,
         prefill_selector: str | Selector | None = None,
     ) -> None:
-        config = model.config
-        sparse = config.sparse
-        self.config = config
-        self._prompts = check_prompts(prompts, max_new_tokens, config)
+        self.config = model.config
+        self._prompts = check_prompts(prompts, max_new_tokens, model.config)
         self.batch = len(self._prompts)
         self._prompt_lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
         self._reach = self._prompt_lengths + np.int32(max_new_tokens)
-        longest = int(self._prompt_lengths.max())
-        if prefill_chunk is None:
-            prefill_chunk = max(sparse.block_size, 1024 // sparse.block_size * sparse.block_size)
-        self.chunk = chunk_tokens(longest, prefill_chunk, sparse.block_size)
-        self.capacity = round_capacity(int(self._reach.max()), self.chunk)
-        if prefill_rows is not None and prefill_rows < 1:
-            raise ValueError(f"{prefill_rows=} must be at least 1")
-        free = free_device_bytes()
-        self.place = choose_place(kv, mode, config, self.batch, self.capacity, free)
-        self._rows = self._count_rows(prefill_rows, free)
-        self.plan = self._make_plan(mode, model.ranked_by(mode, selector), parity)
-        self._prefill_plan = self.plan
-        if prefill_selector is not None:
-            chosen = resolve(mode, config, prefill_selector, parity)
-            self._prefill_plan = dataclasses.replace(self.plan, selector=chosen)
-        self.slots = self._count_slots(slots)
-        if self.place == "offload":
-            self.fetch = resolve_fetch(fetch, config)
-            self._may_fall_back = fetch is None
-        elif fetch is not None:
-            raise ValueError(f"{fetch=} has nothing to fetch: K and V are resident; kv={kv!r}")
-        else:
-            self.fetch = None
+        self.setting = settle(
+            model,
+            self.batch,
+            longest=int(self._prompt_lengths.max()),
+            shortest=int(self._prompt_lengths.min()),
+            reach=int(self._reach.max()),
+            mode=mode,
+            selector=selector,
+            kv=kv,
+            slots=slots,
+            fetch=fetch,
+            parity=parity,
+            prefill_chunk=prefill_chunk,
+            prefill_rows=prefill_rows,
+            prefill_selector=prefill_selector,
+        )
         self._layout, self._parts = cut(model)
         self._host: HostKV | None = None
         self._decoder: Decoder | StagedDecoder | None = None
@@ -133,43 +111,30 @@ class Session:
         self._counted: list[Int[np.ndarray, "L 3"]] = []
         self._allowed = self._left = max_new_tokens
 
-    def _count_rows(self, rows: int | None, free: int | None) -> int:
-        """Settle how many prompts are prefilled together: offloaded, half of the free memory."""
-        if rows is None:
-            rows = self.batch
-            if self.place == "offload" and free is not None:
-                rows = max(1, free // 2 // full_kv_bytes(self.config, 1, self.capacity))
-        return min(rows, self.batch)
+    @property
+    def place(self) -> Literal["resident", "offload"]:
+        """Tell where K and V live."""
+        return self.setting.place
 
-    def _make_plan(self, mode: Mode, selector: str | Selector | None, parity: Parity) -> Plan:
-        plan = make_plan(
-            self.config,
-            mode,
-            max_length=self.capacity,
-            shortest=int(self._prompt_lengths.min()) + 1,
-            selector=selector,
-            parity=parity,
-        )
-        if self.place == "offload" and plan.selector is None:  # short, but still in slots
-            plan = dataclasses.replace(plan, selector=resolve(mode, self.config, selector, parity))
-        return plan
+    @property
+    def fetch(self) -> Fetch | None:
+        """Tell how missing blocks move; `None` when resident."""
+        return self.setting.fetch
 
-    def _count_slots(self, slots: int | None) -> int:
-        """Settle R; all blocks when resident."""
-        num_blocks = self.config.sparse.blocks(self.capacity)
-        if self.place == "resident":
-            if slots is not None:
-                raise ValueError(f"{slots=} is for kv='offload'; every block has a slot here")
-            return num_blocks
-        width = self.plan.width
-        if slots is None:
-            slots = width + width // 3
-        if slots < width:
-            raise CapacityError(
-                f"{slots=} per (sequence, KV head) cannot hold the {width} blocks that one token "
-                f"reads; ask for slots={width} or more"
-            )
-        return min(slots, num_blocks)
+    @property
+    def capacity(self) -> int:
+        """Tokens of room for each sequence."""
+        return self.setting.capacity
+
+    @property
+    def plan(self) -> Plan:
+        """The rule of decoding."""
+        return self.setting.plan
+
+    @property
+    def slots(self) -> int:
+        """Device slots per (sequence, KV head): all blocks when resident."""
+        return self.setting.slots
 
     def prefill(self) -> Float[Array, "B V"]:
         """Run the prompts.
@@ -183,12 +148,20 @@ class Session:
         """
         if self._decoder is not None or self._host is not None:
             raise ValueError("prefill runs once; open another session for other prompts")
-        if self.place == "offload":
-            self._host = self._open_host()
+        self._host, self.setting = open_host(self.setting)
+        together = self.setting.prefill_rows
         groups, logits = [], []
-        for first in range(0, self.batch, self._rows):
-            rows = list(range(first, min(first + self._rows, self.batch)))
-            layers, out = self._prefill_rows(rows)
+        for first in range(0, self.batch, together):
+            rows = slice(first, first + together)
+            layers, out = fill_rows(
+                self.setting,
+                self._layout,
+                self._parts,
+                self._prompts[rows],
+                self._reach[rows],
+                self._host,
+                first,
+            )
             groups.append(layers)
             logits.append(out)
         state = KVState(
@@ -197,69 +170,8 @@ class Session:
             reach=jnp.array(self._reach),
             step=jnp.array(1, jnp.int32),
         )
-        common = (self._layout, self._parts, self.plan, state)
-        if self._host is not None and self.fetch == "device_put":
-            self._decoder = StagedDecoder(*common, self._host)
-        else:
-            self._decoder = Decoder(*common, self._host)
+        self._decoder = open_decoder(self.setting, self._layout, self._parts, state, self._host)
         return logits[0] if len(logits) == 1 else jnp.concatenate(logits)
-
-    def _open_host(self) -> HostKV:
-        """Open the host memory; where kernels cannot see it, an open choice moves by copies."""
-        needs_lock = self.fetch == "in_graph" and jax.default_backend() != "cpu"
-        lock = "require" if needs_lock and not self._may_fall_back else "auto"
-        host = HostKV(self.config, self.batch, self.capacity, page_lock=lock)
-        if needs_lock and host.unlocked_reason is not None:
-            _LOG.warning("fetch='device_put', because %s", host.unlocked_reason)
-            self.fetch = "device_put"
-        return host
-
-    def _prefill_rows(self, rows: list[int]) -> tuple[list[LayerKV], Float[Array, "B V"]]:
-        """Prefill some of the prompts; a short last group is padded with empty rows."""
-        lengths = np.zeros((self._rows,), np.int32)
-        reach = np.zeros((self._rows,), np.int32)
-        lengths[: len(rows)] = self._prompt_lengths[rows]
-        reach[: len(rows)] = self._reach[rows]
-        padded = -(-int(lengths.max()) // self.chunk) * self.chunk
-        tokens = np.zeros((self._rows, padded), np.int32)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[place]] = self._prompts[row]
-
-        def store(layer: int, block: int, records: np.ndarray) -> None:
-            assert self._host is not None  # only then is it handed on
-            self._host.write_range(layer, rows[0], block, records[: len(rows)])
-
-        done = prefill(
-            self._layout,
-            self._parts,
-            self._prefill_plan,
-            tokens,
-            lengths,
-            reach,
-            capacity=self.capacity,
-            chunk=self.chunk,
-            on_records=None if self._host is None else store,
-        )
-        layers = self._seed(done, lengths)
-        if len(rows) < self._rows:
-            layers = jax.tree.map(lambda x: x[: len(rows)], layers)
-        return layers, done.logits[: len(rows)]
-
-    def _seed(self, done: Prefilled, lengths: Int[np.ndarray, " B"]) -> list[LayerKV]:
-        """Turn caches into slots, one layer at a time, so that only one layer exists twice."""
-        layers, block_size = [], self.config.sparse.block_size
-        for layer in range(self.config.layers):
-            cache = done.caches[layer]
-            done.caches[layer] = None  # pyrefly: ignore[unsupported-operation]  # frees it
-            if self._host is None:
-                layers.append(_seed_resident(cache, block_size=block_size))
-            else:
-                layers.append(
-                    _seed_slots(
-                        cache, done.chosen[layer], lengths, slots=self.slots, block_size=block_size
-                    )
-                )
-        return layers
 
     def _opened(self) -> Decoder | StagedDecoder:
         if self._decoder is None:

@@ -26,8 +26,12 @@ LAYERS = (
     {"selectors"},
     {"chunk"},
     {"kv", "model"},
-    {"prefill", "decode", "decode_staged"},
-    {"batcher", "generate"},
+    {"prefill", "decode_layer"},
+    {"decode", "decode_staged"},
+    {"setting"},
+    {"session"},
+    {"generate"},
+    {"batcher"},
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

@@ -37,6 +37,9 @@ NOSA = {
 LATE = {"sparse": dataclasses.replace(SPARSE, local_blocks=0, selected_blocks=4)}
 
 
+WAYS = (("resident", None), ("offload", "device_put"), ("offload", "in_graph"))
+
+
 @functools.cache
 def model_of(name):
     model = tiny_model(**{"minicpm": MINICPM, "nosa": NOSA, "late": LATE, "plain": {}}[name])
@@ -51,17 +54,18 @@ def prompts(lengths=LENGTHS):
 
 
 @functools.cache
-def generated(name, kv, slots=None, mode="sparda"):
-    return generate(model_of(name), prompts(), max_new_tokens=NEW, mode=mode, kv=kv, slots=slots)
+def generated(name, kv, slots=None, fetch=None):
+    return generate(model_of(name), prompts(), max_new_tokens=NEW, kv=kv, slots=slots, fetch=fetch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
 @pytest.mark.parametrize(
     ("name", "slots"), [("minicpm", 5), ("minicpm", None), ("nosa", 6), ("nosa", 13)]
 )
-def test_offloaded_generation_gives_the_resident_tokens(name, slots):
+def test_offloaded_generation_gives_the_resident_tokens(name, slots, fetch):
     want = generated(name, "resident")
-    got = generated(name, "offload", slots)
+    got = generated(name, "offload", slots, fetch)
     assert got.tokens == want.tokens
     assert [len(tokens) for tokens in got.tokens] == [NEW] * 3
     assert all(len(set(tokens)) > 3 for tokens in got.tokens)
@@ -73,7 +77,7 @@ def test_offloaded_generation_gives_the_resident_tokens(name, slots):
 
 @pytest.mark.slow
 def test_more_slots_never_fetch_more():
-    few, many = (generated("minicpm", "offload", slots).traffic for slots in (5, None))
+    few, many = (generated("minicpm", "offload", slots, "in_graph").traffic for slots in (5, None))
     assert many.fetched.sum() < few.fetched.sum()
     assert many.hit_rate > few.hit_rate
 
@@ -81,25 +85,27 @@ def test_more_slots_never_fetch_more():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("plain", "sparse"), ("late", "sparda")])
 def test_layers_that_choose_for_themselves_give_the_resident_tokens(name, mode):
-    kinds = (
-        generate(model_of(name), prompts(), max_new_tokens=60, mode=mode, kv=kv)
-        for kv in ("resident", "offload")
+    want, *others = (
+        generate(model_of(name), prompts(), max_new_tokens=60, mode=mode, kv=kv, fetch=fetch)
+        for kv, fetch in WAYS
     )
-    want, got = kinds
-    assert got.tokens == want.tokens
-    assert got.traffic.fetched.sum() > 0
+    for got in others:
+        assert got.tokens == want.tokens
+        assert got.traffic.fetched.sum() > 0
+    np.testing.assert_array_equal(others[0].traffic.fetched, others[1].traffic.fetched)
 
 
 @pytest.mark.slow
 def test_bfloat16_is_bit_equal_too():
     model = tiny_model(dtype="bfloat16")
-    logits = {}
-    for kv in ("resident", "offload"):
-        with Session(model, prompts(), max_new_tokens=20, kv=kv) as session:
+    logits = []
+    for kv, fetch in WAYS:
+        with Session(model, prompts(), max_new_tokens=20, kv=kv, fetch=fetch) as session:
             out = [session.prefill()]
             out += [session.step(np.full((3,), step)) for step in range(20)]
-            logits[kv] = np.stack([np.asarray(x) for x in out])
-    np.testing.assert_array_equal(logits["offload"], logits["resident"])
+            logits.append(np.stack([np.asarray(x) for x in out]))
+    np.testing.assert_array_equal(logits[1], logits[0])
+    np.testing.assert_array_equal(logits[2], logits[0])
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +114,12 @@ def small():
     return tiny_model(layers=2)
 
 
-def test_the_host_holds_every_completed_block_and_the_slots_agree_with_it(small):
+@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
+def test_the_host_holds_every_completed_block_and_the_slots_agree_with_it(small, fetch):
     lengths = (21, 6)
-    with Session(small, prompts(lengths), max_new_tokens=40, kv="offload", slots=5) as session:
+    with Session(
+        small, prompts(lengths), max_new_tokens=40, kv="offload", fetch=fetch, slots=5
+    ) as session:
         session.prefill()
         for step in range(37):
             session.step(np.array([step, step + 1]))
@@ -135,8 +144,11 @@ def test_the_host_holds_every_completed_block_and_the_slots_agree_with_it(small)
                         np.testing.assert_array_equal(got, host[row, head, block])
 
 
-def test_the_first_step_fetches_only_what_is_new(small):
-    with Session(small, prompts((150,)), max_new_tokens=2, kv="offload", slots=5) as session:
+@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
+def test_the_first_step_fetches_only_what_is_new(small, fetch):
+    with Session(
+        small, prompts((150,)), max_new_tokens=2, kv="offload", fetch=fetch, slots=5
+    ) as session:
         session.prefill()
         before = [set(np.ravel(kv.pool.slot_blocks[0, 0])) for kv in session._decoder.state.layers]
         session.step(np.array([1]))
@@ -147,10 +159,13 @@ def test_the_first_step_fetches_only_what_is_new(small):
         assert traffic.fetched.sum() < 2 * 2 * 5
 
 
-def test_device_memory_grows_with_context_by_summaries_and_tables_only(small):
+@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
+def test_device_memory_grows_with_context_by_summaries_and_tables_only(small, fetch):
     sizes = {}
     for length in (100, 220, 460):
-        with Session(small, prompts((length,)), max_new_tokens=4, kv="offload") as session:
+        with Session(
+            small, prompts((length,)), max_new_tokens=4, kv="offload", fetch=fetch
+        ) as session:
             session.prefill()
             session.step(np.array([1]))
             sizes[length] = session.device_kv_bytes() | {"full": session.full_kv_bytes}
@@ -163,8 +178,11 @@ def test_device_memory_grows_with_context_by_summaries_and_tables_only(small):
         assert size["tables"] < size["full"] // record * 4 + 2 * 2 * 2 * 6 * 4 + 1
 
 
-def test_rows_that_have_ended_neither_read_nor_fetch(small):
-    with Session(small, prompts((61, 150)), max_new_tokens=12, kv="offload", slots=5) as session:
+@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
+def test_rows_that_have_ended_neither_read_nor_fetch(small, fetch):
+    with Session(
+        small, prompts((61, 150)), max_new_tokens=12, kv="offload", fetch=fetch, slots=5
+    ) as session:
         session.prefill()
         for _ in range(12):
             session.step(np.array([3, 4]), jnp.array([True, False]))

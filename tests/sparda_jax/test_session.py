@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparda_jax import session as session_module
+from sparda_jax import setting as setting_module
 from sparda_jax.config import RopeConfig
 from sparda_jax.errors import CapacityError
 from sparda_jax.session import Session
@@ -108,19 +108,20 @@ def test_an_open_choice_falls_to_copies_where_kernels_cannot_see_the_memory(
     model, monkeypatch, caplog
 ):
     asked = []
-    real = session_module.HostKV
+    real = setting_module.HostKV
 
-    def unlocked(*arguments, page_lock):
+    def unlocked(*arguments, page_lock, pool):
         asked.append(page_lock)
-        return real(*arguments, page_lock="never")
+        return real(*arguments, page_lock="never", pool=pool)
 
-    monkeypatch.setattr(session_module, "HostKV", unlocked)
-    monkeypatch.setattr(session_module, "resolve_fetch", lambda fetch, config: "in_graph")
-    monkeypatch.setattr(session_module.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(setting_module, "HostKV", unlocked)
+    monkeypatch.setattr(setting_module, "resolve_fetch", lambda fetch, config: "in_graph")
+    monkeypatch.setattr(setting_module.jax, "default_backend", lambda: "gpu")
     for fetch in (None, "in_graph"):
         session = Session(model, prompts(), max_new_tokens=1, kv="offload", fetch=fetch)
-        session._open_host().close()
-        assert session.fetch == "device_put"
+        host, setting = setting_module.open_host(session.setting)
+        host.close()
+        assert setting.fetch == "device_put"
     assert asked == ["auto", "require"]  # a name is a promise: HostKV raises the reason
     assert "fetch='device_put', because" in caplog.text
 
@@ -159,11 +160,11 @@ def test_an_exception_frees_the_host_memory(model):
 
 
 def test_offloaded_prompts_are_prefilled_in_groups_that_fit(model, monkeypatch):
-    full = session_module.full_kv_bytes(model.config, 1, 64)
-    monkeypatch.setattr(session_module, "free_device_bytes", lambda: 4 * full)
+    full = setting_module.full_kv_bytes(model.config, 1, 64)
+    monkeypatch.setattr(setting_module, "free_device_bytes", lambda: 4 * full)
     with Session(model, prompts(), max_new_tokens=6, kv="auto") as session:
         assert session.place == "offload"
-        assert session._rows == 2
+        assert session.setting.prefill_rows == 2
 
 
 def test_the_books_are_kept_for_every_step(model):
