@@ -238,7 +238,7 @@ def _work(
     set_memory_fraction(None if cell is None else cell.device_gib)
     if config.cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         sender.send(("head", head_of(config)))
         for method, row in _measure(config, cell):

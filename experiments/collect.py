@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import records
+from experiments import decode_categories, records
 
 START = "<!-- results: written by python -m experiments.collect -->"
 """The line after which the tables stand in a README."""
@@ -19,6 +19,15 @@ END = "<!-- results: end -->"
 
 KERNEL_HEADER = ("op", "shape", "implementation", "ms", "p10 to p90", "rate", "share", "status")
 """The columns of a table of kernels."""
+
+SHOWN = {
+    "bench_decode": (
+        *("model", "method", "context", "batch", "slots", "selections", "new_blocks_per_step"),
+        *("misses", "tokens_per_s", "ms_per_step", "p99_ms", "host_ms", "h2d_gb_per_s"),
+        *("hidden_share", "floor_ms", "floor_ratio", "device_gib", "status", "commit"),
+    ),
+}
+"""The columns of experiments whose rows hold more than a table can show; others show all."""
 
 BACKENDS = ("mosaic_gpu", "triton")
 """The files of an op folder that hold a kernel."""
@@ -41,7 +50,7 @@ class Config:
 
 
 def main(config: Config) -> str:
-    """Print a table per record and rewrite the tables of the READMEs.
+    """Print a table per record, rewrite the tables of the READMEs, and draw what has a figure.
 
     Args:
         config: folder and READMEs.
@@ -55,6 +64,10 @@ def main(config: Config) -> str:
     found = [records.read(path) for path in sorted(config.results.glob("*.json"))]
     markdown = "\n".join(map(table, found))
     print(markdown)
+    for record in found:
+        if record.experiment == "decode_profile":
+            figure = records.path_of(record, config.results / "figures").with_suffix(".png")
+            decode_categories.draw(record.rows, figure)
     kernels_readme = config.kernels_readme
     if kernels_readme is None:
         kernels_readme = config.readme.parent.parent / "pallas_kernels" / "README.md"
@@ -70,7 +83,8 @@ def main(config: Config) -> str:
 def table(record: records.Record) -> str:
     """Lay out a record: where its numbers come from, then one row per cell.
 
-    A column stands where its name first appears. A cell that a row lacks is empty.
+    A column stands where its name first appears, or as `SHOWN` says. A cell that a row lacks is
+    empty.
 
     Args:
         record: what `records.read` gave.
@@ -79,6 +93,8 @@ def table(record: records.Record) -> str:
         markdown that ends with a newline.
     """
     columns = list(dict.fromkeys(name for row in record.rows for name in row))
+    if record.experiment in SHOWN:
+        columns = [name for name in SHOWN[record.experiment] if name in columns]
     devices = f"{record.devices} × {record.device}" if record.devices > 1 else record.device
     versions = ", ".join(f"{name} {record.versions[name]}" for name in ("jax", "sparda_jax"))
     lines = [
@@ -212,7 +228,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     """Show four significant digits of a fraction, all of a whole number, shapes with ×."""
-    if isinstance(value, float):
+    if value is None:
+        text = ""
+    elif isinstance(value, float):
         text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     elif isinstance(value, list):
         is_shape = all(isinstance(item, int) for item in value)

@@ -151,7 +151,7 @@ def model_config(model: str, *, is_tiny: bool = False) -> ModelConfig:
 
     Args:
         model: one of `MODELS`.
-        is_tiny: three layers and blocks of 8 tokens instead, by the same rule.
+        is_tiny: two layers and blocks of 8 tokens instead, by the same rule.
     """
     config: ModelConfig = getattr(ModelConfig, model)()
     if is_tiny:
@@ -168,7 +168,7 @@ def model_config(model: str, *, is_tiny: bool = False) -> ModelConfig:
             config,
             vocab_size=64,
             width=32,
-            layers=3,
+            layers=2,
             heads=4,
             head_dim=16,
             mlp_width=48,

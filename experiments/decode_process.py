@@ -199,23 +199,12 @@ class Bench:
         return None
 
     def _measure(self, method: Method, setting: Setting, first: Row) -> Iterator[Row]:
-        layout, parts = self.weights()
         floor = self.floor(setting)
         host = self.host(setting) if method.is_offloaded else None
         if host is not None and self._h2d == 0.0:
             self._h2d = copy_rate_from_host(host)
             self.say(f"copy engine: {self._h2d / 1e9:.1f} GB/s from the host")
-        plan = setting.plan(method.mode)
-        drifting = plan.selector if isinstance(plan.selector, DriftSelector) else None
-        decoder = Decoder(
-            layout,
-            parts,
-            plan,
-            make_state(setting, method),
-            host,
-            has_lookahead=method.has_lookahead,
-        )
-        runner = Runner(decoder, setting, drifting)
+        runner = self.start(method, setting)
         try:
             first = first | {"compile_s": round(runner.compile(), 1)}
             self.say(f"{method.name}: first step after {first['compile_s']} s")
@@ -229,10 +218,19 @@ class Bench:
                 row |= self._numbers(method, setting, floor, found)
                 if alone is not None:
                     row |= self._fetch_numbers(found, without, alone.seconds(runner, new))
-                held = device_bytes(parts, decoder.state)
+                held = device_bytes(self.weights()[1], runner.decoder.state)
                 yield row | {"device_bytes": held, "status": "ok"}
         finally:
-            decoder.close()
+            runner.decoder.close()
+
+    def start(self, method: Method, setting: Setting) -> Runner:
+        """Make a decoder at the end of the context; whoever asks closes it."""
+        host = self.host(setting) if method.is_offloaded else None
+        plan = setting.plan(method.mode)
+        drifting = plan.selector if isinstance(plan.selector, DriftSelector) else None
+        state = make_state(setting, method)
+        decoder = Decoder(*self.weights(), plan, state, host, has_lookahead=method.has_lookahead)
+        return Runner(decoder, setting, drifting)
 
     def _numbers(self, method: Method, setting: Setting, floor: Floor, found: Steps) -> Row:
         """Put what was measured into columns, beside the floor."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_decode, decode_process, records
+from experiments import bench_decode, collect, decode_process, decode_profile, records
 from experiments.bench_decode import Config, main
 from experiments.decode_cells import (
     METHODS,
@@ -37,7 +37,7 @@ from sparda_jax.selectors import resolve
 TINY = Config(
     tiny=True,
     cells=("B2 768",),
-    methods=("sparda_offload", "sparda_resident"),
+    methods=("sparse_offload", "sparse_resident"),
     new_blocks=(4,),
     steps=6,
     repeats=2,
@@ -205,7 +205,7 @@ def test_the_arithmetic_of_the_8b_model():
 
 def test_the_floor_reads_what_was_chosen_and_the_pooled_keys():
     setting = setting_of()
-    lanes, record = 3 * 2 * 2, 2 * 8 * 16 * 4
+    lanes, record = 2 * 2 * 2, 2 * 8 * 16 * 4
     assert read_bytes(setting, reads_all=True) == lanes * 96 * record
     assert read_bytes(setting, reads_all=False) == lanes * (24 * record + 383 * 64)
 
@@ -214,7 +214,7 @@ def test_the_matmuls_are_those_of_the_model():
     setting = setting_of()
     layout, parts = make_weights(setting.config)
     out = multiply_all(layout, parts, jnp.ones((2, 1, 32), jnp.float32))
-    assert len(out) == 3 * 2 + 2 + 1 + 1  # k and v of three layers, two forecasts, entry, logits
+    assert len(out) == 2 * 2 + 1 + 1 + 1  # k and v of two layers, forecast, entry, logits
     assert out[-1].shape == (2, 1, 64)
     assert all(bool(jnp.isfinite(x).all()) for x in out)
 
@@ -240,7 +240,7 @@ def test_the_fetch_alone_leaves_the_decoder_able_to_go_on(running):
         for moves in (np.asarray(source), np.asarray(places)):
             assert len(set(moves[:24].tolist())) == 24
             assert set(moves[24:].tolist()) == {-1}
-    assert runner.advance().shape == (3, 3)
+    assert runner.advance().shape == (2, 3)
 
 
 def test_drifts_begin_with_none_where_something_is_fetched():
@@ -272,6 +272,77 @@ def test_more_slots_never_miss_more_on_the_shipped_model():
         misses = [row["misses"] for row in mine]
         assert misses == sorted(misses, reverse=True)
         assert 0.0 <= misses[-1] <= misses[0] < 23
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+def test_kernels_are_sorted_by_their_names():
+    kernels = {
+        "gather_blocks": "fetch",
+        "sparse_decode_split": "attention",
+        "query_scores_pool": "scores",
+        "list_misses": "select and plan",
+        "input_scatter_fusion_3": "append and store",
+        "sm90_xmma_gemm_bf16bf16": "matmul",
+        "MemcpyD2D": "copies",
+        "loop_add_fusion": "other",
+    }
+    assert {name: decode_profile.category_of(name) for name in kernels} == kernels
+
+
+def test_a_profile_adds_up_to_the_time_from_first_to_last():
+    events = [("gemm", 0, 4e6), ("gather_blocks", 3e6, 5e6), ("gemm", 7e6, 9e6), ("add", 9e6, 1e7)]
+    found = decode_profile.summarise(events[::-1], steps=2)
+    assert found["matmul"] == (3.0, 1.0)
+    assert found["fetch"] == (1.0, 0.5)
+    assert found["other"] == (0.5, 0.5)
+    assert found["idle"] == (1.0, 0.0)
+
+
+@pytest.mark.slow
+def test_a_profile_of_a_machine_without_kernels_is_idle(tmp_path, capsys):
+    config = decode_profile.Config(
+        cells=("B2 768",),
+        methods=("dense_resident",),
+        new_blocks=0,
+        steps=2,
+        tiny=True,
+        commit="0123abcd",
+        dirty=False,
+        out=tmp_path,
+    )
+    record = decode_profile.main(config)
+    assert [row["category"] for row in record.rows] == ["idle"]
+    rows = [
+        record.rows[0] | {"category": "matmul", "ms": 3.0},
+        record.rows[0] | {"method": "sparda_offload", "category": "fetch", "ms": 1.0},
+    ]
+    records.write(dataclasses.replace(record, rows=rows), tmp_path)
+    collect.main(collect.Config(results=tmp_path, readme=tmp_path / "none", kernels_readme=None))
+    assert "decode_profile" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "decode_profile.cpu.png").stat().st_size > 1000
+
+
+def test_a_profile_needs_a_batch_and_kernels_that_it_can_see(monkeypatch):
+    with pytest.raises(ValueError, match="'Bmax 768' leaves the batch open"):
+        decode_profile.main(decode_profile.Config(cells=("Bmax 768",), tiny=True))
+    monkeypatch.setattr(decode_profile.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="set XLA_FLAGS=--xla_gpu_enable_command_buffer="):
+        decode_profile.main(decode_profile.Config(tiny=True))
+
+
+def test_the_table_shows_the_columns_that_matter():
+    record = records.collect(
+        "bench_decode",
+        "c",
+        {},
+        [{"model": "m", "batch": 4, "read_ms": 1.0, "device_gib": None}],
+        commit="0123abcd",
+        dirty=False,
+    )
+    assert "| model | batch | device_gib |" in collect.table(record)
+    assert "| m | 4 |  |" in collect.table(record)
 
 
 # --- rows and records -----------------------------------------------------------------------------
@@ -339,7 +410,7 @@ def test_the_record_keeps_rows_of_other_cells(tmp_path):
     second = dataclasses.replace(TINY, out=tmp_path, commit="abcd0123", cache=tmp_path / "cache")
     record = main(second)
     assert [row["method"] for row in record.rows] == [
-        *("dense_resident", "sparda_offload", "sparda_offload", "sparda_resident")
+        *("dense_resident", "sparse_offload", "sparse_offload", "sparse_resident")
     ]
     assert record.rows[0]["commit"] == "0123abcd"
     assert records.read(records.path_of(record, tmp_path)) == record
@@ -358,8 +429,8 @@ def test_a_method_that_takes_its_process_down_is_a_row(monkeypatch):
 
     monkeypatch.setattr(bench_decode._Run, "_supervise", supervise)
     record = main(TINY)
-    assert asked == [("sparda_offload", "sparda_resident"), ("sparda_resident",)]
-    assert [(r["method"], r["status"]) for r in record.rows] == [("sparda_offload", "crashed")]
+    assert asked == [("sparse_offload", "sparse_resident"), ("sparse_resident",)]
+    assert [(r["method"], r["status"]) for r in record.rows] == [("sparse_offload", "crashed")]
 
 
 def test_a_run_without_rows_and_a_dirty_tree_are_refused(monkeypatch):
