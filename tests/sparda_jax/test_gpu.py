@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from sparda_jax.attention import attend_fused, attend_masked
+from sparda_jax.batcher import Batcher
 from sparda_jax.config import SparseConfig
 from sparda_jax.generate import generate
-from sparda_jax.testing import tiny_model
+from sparda_jax.session import Session
+from sparda_jax.shipped import heldout_texts, load_shipped
+from sparda_jax.testing import assert_within_reference_rounding, tiny_model
+from sparda_jax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -54,3 +58,66 @@ def test_offloaded_is_resident_token_for_token_on_a_gpu():
     ]
     assert runs[0].tokens == runs[1].tokens
     assert runs[1].traffic.fetched.sum() > 0
+
+
+LENGTHS = (4000, 1203, 7100)
+NEW = 304  # 19 blocks of 16
+WAYS = (("resident", None), ("offload", "in_graph"), ("offload", "device_put"))
+
+
+def documents():
+    """Give three held-out texts cut to ragged lengths."""
+    tokenizer, texts = ByteTokenizer(), heldout_texts()
+    found = []
+    for text, length in zip(texts, LENGTHS, strict=False):
+        tokens = tokenizer.encode((text.data * 8)[:length].decode(errors="ignore"))
+        found.append(tokens[:length])
+    return found
+
+
+def test_all_ways_give_the_shipped_model_the_same_300_tokens_in_float32():
+    model = load_shipped("float32")
+    with jax.default_matmul_precision("highest"):
+        runs = [
+            generate(model, documents(), max_new_tokens=NEW, kv=kv, fetch=fetch)
+            for kv, fetch in WAYS
+        ]
+    for other in runs[1:]:
+        assert other.tokens == runs[0].tokens
+        assert other.traffic.fetched.sum() > 0
+    np.testing.assert_array_equal(runs[1].traffic.fetched, runs[2].traffic.fetched)
+
+
+def test_all_ways_choose_and_score_alike_in_bfloat16_when_fed_the_same_tokens():
+    given = np.random.default_rng(0).integers(97, 123, (NEW, len(LENGTHS)))
+    logits, ids = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        model = load_shipped(dtype)
+        for kv, fetch in WAYS if dtype == "bfloat16" else WAYS[:1]:
+            with (
+                jax.default_matmul_precision("highest"),
+                Session(model, documents(), max_new_tokens=NEW, kv=kv, fetch=fetch) as session,
+            ):
+                session.prefill()
+                out, chosen = [], []
+                for step in range(NEW):
+                    out.append(session.step(given[step]))
+                    chosen.append(session.choices)
+                logits[dtype, fetch] = np.stack([np.asarray(x) for x in out])
+                ids[dtype, fetch] = np.array(jax.device_get(chosen))
+    plain, exact = ("bfloat16", None), logits["float32", None]
+    for way in (("bfloat16", "in_graph"), ("bfloat16", "device_put")):
+        rows = np.all(ids[way] == ids[plain], axis=-1)
+        assert rows.mean() >= 0.999
+        assert_within_reference_rounding(logits[way], logits[plain], exact)
+
+
+def test_a_batcher_with_the_cache_in_host_memory_gives_what_each_request_gets_alone():
+    model = load_shipped("float32")
+    prompts = [*documents(), documents()[1][:500]]
+    with jax.default_matmul_precision("highest"):
+        alone = [generate(model, [p], max_new_tokens=40).tokens[0] for p in prompts]
+        with Batcher(model, 2, prompt_tokens=7100, max_new_tokens=40, kv="offload") as batcher:
+            batcher.submit_all(prompts)
+            found = {done.request: done.tokens for done in batcher.run()}
+    assert [found[number] for number in range(len(prompts))] == alone
