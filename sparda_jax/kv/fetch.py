@@ -6,9 +6,7 @@ from typing import Literal, cast, get_args
 
 import jax
 
-from pallas_kernels import _backend
-from pallas_kernels.gather_blocks.config import Tiles
-from pallas_kernels.gather_blocks.mosaic_gpu import shape_reason
+from pallas_kernels.gather_blocks import Tiles, mosaic_gpu
 from sparda_jax.config import ModelConfig
 
 Fetch = Literal["in_graph", "device_put"]
@@ -33,9 +31,8 @@ def unsupported_reason(fetch: str, config: ModelConfig) -> str | None:
     sparse = config.sparse
     size = (2, sparse.block_size, config.head_dim)
     dtype = jax.numpy.dtype(config.dtype)
-    reason = _backend.hopper_reason() or shape_reason(
-        size, dtype, Tiles.default(*size[1:], dtype.itemsize)
-    )
+    tiles = Tiles.default(*size[1:], dtype.itemsize)
+    reason = mosaic_gpu.unsupported_reason(size, dtype, tiles)
     if reason is None:
         return None
     return f"fetch='in_graph': the kernel that reads host memory {reason}; use fetch='device_put'"
