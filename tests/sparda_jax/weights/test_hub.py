@@ -44,7 +44,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.files, self.fetched = files, fetched
         super().__init__(*arguments)
 
-    def log_message(self, *arguments):
+    def log_message(self, format, *args):
         """Keep still."""
 
     def answer(self, body, status=200, **headers):
@@ -130,8 +130,7 @@ def fetched(cache, files, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        host, port = server.server_address
-        point_to(f"http://{host}:{port}", monkeypatch)
+        point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
         yield names
         server.shutdown()
         thread.join()
