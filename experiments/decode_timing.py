@@ -46,7 +46,7 @@ class Effort:
     @property
     def total(self) -> int:
         """Count the tokens that a row feeds."""
-        return self.warm_up + self.repeats * (self.steps + 1) + _HOST_STEPS
+        return self.warm_up + self.repeats * (self.steps + 2) + _HOST_STEPS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +155,7 @@ class Runner:
         the host is the limit: a graph of commands that still runs is slow to be issued again.
         """
         arrived, last = [], None
-        for _ in range(steps + 1):
+        for _ in range(steps + 2):
             counts.append(self.advance())
             self._tokens.copy_to_host_async()
             if last is not None:

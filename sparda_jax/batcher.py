@@ -66,7 +66,8 @@ def _join(
 ) -> tuple[KVState, Rows]:
     """Write a prefilled request into its row of everything that has rows."""
     put = lambda every, one: every.at[row].set(one[0])
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         layers=jax.tree.map(put, state.layers, layers),
         lengths=state.lengths.at[row].set(length),
         reach=state.reach.at[row].set(reach),

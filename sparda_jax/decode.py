@@ -320,7 +320,7 @@ class Decoder:
         self.choices: tuple[Int[Array, "B K J"], ...] = ()
         writes_host = host is not None and jax.default_backend() != "cpu"
         if writes_host:
-            state = state.replace(receipt=jnp.zeros((1,), jnp.int32))
+            state = dataclasses.replace(state, receipt=jnp.zeros((1,), jnp.int32))
         self.state = state
         self._layout, self._parts, self._host = layout, parts, host
         self._way = Way(

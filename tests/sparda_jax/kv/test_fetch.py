@@ -27,7 +27,8 @@ def test_an_open_choice_takes_the_program_on_a_gpu_that_can(monkeypatch):
 
 def test_a_refusal_says_why_and_the_way_out(monkeypatch):
     monkeypatch.setattr(door.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(door.mosaic_gpu._backend, "hopper_reason", lambda: "needs compute capability 9.0")
+    other = "needs compute capability 9.0"
+    monkeypatch.setattr(door.mosaic_gpu._backend, "hopper_reason", lambda: other)
     assert resolve_fetch(None, CONFIG) == "device_put"
     with pytest.raises(NotImplementedError, match=r"needs compute capability 9.0; use fetch='dev"):
         resolve_fetch("in_graph", CONFIG)
