@@ -84,7 +84,7 @@ def table(record: records.Record) -> str:
     """Lay out a record: where its numbers come from, then one row per cell.
 
     A column stands where its name first appears, or as `SHOWN` says. A cell that a row lacks is
-    empty.
+    empty. The kernels have a table of their own, see `kernel_tables`.
 
     Args:
         record: what `records.read` gave.
@@ -92,6 +92,11 @@ def table(record: records.Record) -> str:
     Returns:
         markdown that ends with a newline.
     """
+    if record.experiment == "bench_kernels":
+        return (
+            f"### {record.experiment} on {record.device}\n\n{len(record.rows)} rows, laid out in "
+            "[pallas_kernels/](../pallas_kernels/README.md).\n"
+        )
     columns = list(dict.fromkeys(name for row in record.rows for name in row))
     if record.experiment in SHOWN:
         columns = [name for name in SHOWN[record.experiment] if name in columns]
