@@ -292,43 +292,7 @@ def set_memory_fraction(device_gib: float | None) -> None:
 def head_of(config: Config) -> records.Record:
     """Collect the record without its rows, and refuse one that could not be written."""
     settings = ("tiny", "steps", "repeats", "warm_up", "host_gb")
-    head = records.collect(
-        "bench_decode",
-        command(config),
-        {name: getattr(config, name) for name in settings},
-        [],
-        commit=config.commit,
-        dirty=config.dirty,
-        date=config.date,
-        devices=1,
-    )
-    if config.out is not None and head.dirty:
-        raise ValueError(
-            f"the tree differs from commit {head.commit}, so its record would be refused; commit "
-            "first, or measure without a record with out=None"
-        )
-    return head
-
-
-def command(config: Config) -> str:
-    """Spell the command that repeats a run.
-
-    Example:
-        >>> command(Config(cells=("B8 64K",), steps=8))
-        "python -m experiments.bench_decode --cells 'B8 64K' --steps 8"
-    """
-    words = ["python -m experiments.bench_decode"]
-    unnamed = ("commit", "dirty", "date", "out", "earlier", "cache", "run_seconds")
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.name in unnamed or value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        if isinstance(value, tuple):
-            words += [repr(item) for item in value]
-        elif not isinstance(value, bool):
-            words.append(str(value))
-    return " ".join(words)
+    return records.head_of("bench_decode", config, settings, unnamed=("cache", "run_seconds"))
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], *, has_header: bool = True) -> None:

@@ -426,45 +426,7 @@ def _is_healthy() -> bool:
 def _head(config: Config) -> records.Record:
     """Collect the record without its rows, and refuse one that could not be written."""
     settings = ("tiny", "repeats", "case_seconds", "min_operand_bytes", "max_sets")
-    head = records.collect(
-        "bench_kernels",
-        command(config),
-        {name: getattr(config, name) for name in settings},
-        [],
-        commit=config.commit,
-        dirty=config.dirty,
-        date=config.date,
-        devices=1,
-    )
-    if config.out is not None and head.dirty:
-        raise ValueError(
-            f"the tree differs from commit {head.commit}, so its record would be refused; commit "
-            "first, or measure without a record with out=None"
-        )
-    return head
-
-
-def command(config: Config) -> str:
-    """Spell the command that repeats a run.
-
-    Example:
-        >>> command(Config(ops=("sparse_decode",), variants=True))
-        'python -m experiments.bench_kernels --ops sparse_decode --variants'
-    """
-    words = ["python -m experiments.bench_kernels"]
-    unnamed = ("commit", "dirty", "date", "out", "earlier")
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.name in unnamed or value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        if isinstance(value, tuple):
-            words += value
-        elif isinstance(value, str):
-            words.append(repr(value))
-        elif not isinstance(value, bool):
-            words.append(str(value))
-    return " ".join(words)
+    return records.head_of("bench_kernels", config, settings)
 
 
 def _name(case: Case) -> dict[str, str]:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import tomllib
 import typing
@@ -117,6 +118,70 @@ def collect(
         config=_plain(config),
         rows=[_plain(row) for row in rows],
     )
+
+
+def command_of(experiment: str, config: Any, *, unnamed: Sequence[str] = ()) -> str:
+    """Spell the command that repeats a run: the fields that differ from their defaults.
+
+    Args:
+        experiment: name of the module under `experiments`.
+        config: a dataclass instance.
+        unnamed: fields that say nothing of the result, beside those that every benchmark has.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Config:
+        ...     cells: tuple[str, ...] = ()
+        ...     steps: int = 64
+        ...     tiny: bool = False
+        ...     out: str = "results"
+        >>> command_of("bench_decode", Config(cells=("B8 64K",), tiny=True, out="elsewhere"))
+        "python -m experiments.bench_decode --cells 'B8 64K' --tiny"
+    """
+    words = [f"python -m experiments.{experiment}"]
+    hidden = {"commit", "dirty", "date", "out", "earlier", *unnamed}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in hidden or value == field.default:
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if isinstance(value, tuple):
+            words += [shlex.quote(str(item)) for item in value]
+        elif not isinstance(value, bool):
+            words.append(shlex.quote(str(value)))
+    return " ".join(words)
+
+
+def head_of(
+    experiment: str, config: Any, settings: Sequence[str], *, unnamed: Sequence[str] = ()
+) -> Record:
+    """Collect a benchmark's record without its rows, and refuse one that could not be written.
+
+    Args:
+        experiment: name of the module under `experiments`.
+        config: a dataclass instance with `commit`, `dirty`, `date` and `out`.
+        settings: fields that all rows share.
+        unnamed: as in `command_of`.
+
+    Raises:
+        ValueError: the tree differs from the commit, though the record is to be written.
+    """
+    head = collect(
+        experiment,
+        command_of(experiment, config, unnamed=unnamed),
+        {name: getattr(config, name) for name in settings},
+        [],
+        commit=config.commit,
+        dirty=config.dirty,
+        date=config.date,
+        devices=1,
+    )
+    if config.out is not None and head.dirty:
+        raise ValueError(
+            f"the tree differs from commit {head.commit}, so its record would be refused; commit "
+            "first, or measure without a record with out=None"
+        )
+    return head
 
 
 def append(old: Record, new: Record, *, replace_by: Sequence[str] = ()) -> Record:

@@ -521,9 +521,9 @@ def test_an_op_whose_cases_cannot_be_made_is_a_row(package):
 
 
 def test_the_repeated_command_names_what_differs():
-    assert bench_kernels.command(Config()) == "python -m experiments.bench_kernels"
+    assert records.command_of("bench_kernels", Config()) == "python -m experiments.bench_kernels"
     config = Config(ops=("a", "b"), match="B4 .*", variants=True, repeats=5, commit=COMMIT)
-    assert bench_kernels.command(config) == (
+    assert records.command_of("bench_kernels", config) == (
         "python -m experiments.bench_kernels --ops a b --match 'B4 .*' --variants --repeats 5"
     )
 

@@ -11,6 +11,7 @@ import pytest
 
 from sparda_jax.chunk import make_plan
 from sparda_jax.decode_layer import Now, choices_made_at, resident_places, scores_early
+from sparda_jax.generate import generate
 from sparda_jax.model import forward
 from sparda_jax.rope import Rope
 from sparda_jax.selectors import ForecastSelector
@@ -119,6 +120,23 @@ def test_block_and_window_boundaries_do_not_retrace():
         session.prefill()
         session.step(np.array([1, 2, 3]))
     assert not TRACED  # another batch of near lengths finds everything compiled
+
+
+@pytest.mark.slow
+def test_a_thousand_tokens_run_through_one_program():
+    model = tiny_model(layers=2)
+    TRACED.clear()
+    result = generate(
+        model,
+        [[1] * 9],
+        max_new_tokens=1010,
+        selector=Counting(model.config),
+        kv="offload",
+        fetch="in_graph",
+        slots=6,
+    )
+    assert len(result.tokens[0]) == 1010
+    assert sorted(TRACED) == [0, 0, 1, 1]  # each layer once in prefill and once in the step
 
 
 def test_a_row_that_is_not_active_keeps_its_state():
