@@ -320,9 +320,11 @@ class Batcher:
 
     def close(self) -> None:
         """Free the device state and the host memory."""
-        self._decoder.close()
-        if self._host is not None:
-            self._host.close()
+        try:
+            self._decoder.close()
+        finally:
+            if self._host is not None:
+                self._host.close()
 
     def __enter__(self) -> "Batcher":
         return self

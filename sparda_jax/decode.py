@@ -405,6 +405,8 @@ class Decoder:
     def close(self) -> None:
         """Wait for the step under way, forget the state and the records."""
         if hasattr(self, "state"):
-            jax.block_until_ready(self.state)
+            # A step that was interrupted may have taken the state with it.
+            held = [leaf for leaf in jax.tree.leaves(self.state) if not leaf.is_deleted()]
+            jax.block_until_ready(held)
             del self.state
             self._records = []

@@ -289,12 +289,14 @@ class Session:
 
     def close(self) -> None:
         """Free the state and the host memory."""
-        if self._decoder is not None:
-            self._decoder.close()
+        try:
+            if self._decoder is not None:
+                self._decoder.close()
+        finally:
             self._decoder = None
-        if self._host is not None:
-            self._host.close()
-            self._host = None
+            if self._host is not None:
+                self._host.close()
+                self._host = None
 
     def __enter__(self) -> "Session":
         return self

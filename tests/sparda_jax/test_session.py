@@ -4,6 +4,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -157,6 +158,17 @@ def test_an_exception_frees_the_host_memory(model):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert hosts[0].is_closed
+
+
+@pytest.mark.parametrize("fetch", ["in_graph", "device_put"])
+def test_a_step_that_took_the_state_with_it_still_frees_the_host_memory(model, fetch):
+    session = Session(model, prompts(), max_new_tokens=1, kv="offload", fetch=fetch)
+    session.prefill()
+    host = session._host
+    for leaf in jax.tree.leaves(session._decoder.state):
+        leaf.delete()
+    session.close()
+    assert host.is_closed
 
 
 def test_offloaded_prompts_are_prefilled_in_groups_that_fit(model, monkeypatch):
