@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test stands on: checked shapes, strict promotion, keys, a clean slate."""
 
+import gc
 import importlib.util
 import pathlib
 import zlib
@@ -58,6 +59,19 @@ def no_shape_hook():
 def golden():
     """Give the folder of golden values: `golden / "functions" / "name.npz"`."""
     return pathlib.Path(__file__).parent / "golden"
+
+
+_MANY_MAPS = 20_000  # Linux allows a process 65,530 by default
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Drop compiled programs before the process runs out of memory maps: each takes several."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

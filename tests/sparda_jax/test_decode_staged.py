@@ -59,9 +59,15 @@ def generated(name, kv, slots=None, fetch=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fetch", ["device_put", "in_graph"])
 @pytest.mark.parametrize(
-    ("name", "slots"), [("minicpm", 5), ("minicpm", None), ("nosa", 6), ("nosa", 13)]
+    ("name", "slots", "fetch"),
+    [
+        ("minicpm", 5, "in_graph"),
+        ("minicpm", None, "in_graph"),
+        ("minicpm", 5, "device_put"),
+        ("nosa", 6, "in_graph"),
+        ("nosa", 13, "device_put"),
+    ],
 )
 def test_offloaded_generation_gives_the_resident_tokens(name, slots, fetch):
     want = generated(name, "resident")
