@@ -24,12 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments import records
 from experiments.decode_cells import Cell, parse_cell
 from experiments.decode_process import Row, Wanted, measure_cell
 from experiments.decode_timing import Effort
+from experiments.kernel_timing import is_healthy
 
 __all__ = ["CELLS", "Config", "main"]  # for `from experiments.bench_decode import *`
 
@@ -243,7 +243,7 @@ def _work(
         sender.send(("head", head_of(config)))
         for method, row in _measure(config, cell):
             sender.send(("method", method) if row is None else ("row", row))
-            if row is not None and row["status"] == "failed" and not _is_healthy():
+            if row is not None and row["status"] == "failed" and not is_healthy():
                 sender.close()
                 os._exit(3)  # the device is lost: the rest needs a new process
     except ValueError as error:  # the caller's mistake: a tree that is not clean
@@ -260,16 +260,6 @@ def _measure(config: Config, cell: Cell | None) -> Iterator[tuple[str, Row | Non
 
     for row in trace_rows(is_tiny=config.tiny):
         yield TRACE, row
-
-
-def _is_healthy() -> bool:
-    """Try whether the device still computes: after a fault in a kernel it does not."""
-    try:
-        jax.block_until_ready(jnp.ones(8) + jnp.ones(8))
-    except Exception:
-        traceback.print_exc()
-        return False
-    return True
 
 
 def set_memory_fraction(device_gib: float | None) -> None:

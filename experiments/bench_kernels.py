@@ -26,12 +26,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import collect, kernel_cases, records
 from experiments.kernel_cases.base import Case
-from experiments.kernel_timing import Effort, Scrub, default_scrub, measure, measure_ceilings
+from experiments.kernel_timing import (
+    Effort,
+    Scrub,
+    default_scrub,
+    is_healthy,
+    measure,
+    measure_ceilings,
+)
 
 __all__ = ["Config", "main"]  # for `from experiments.bench_kernels import *`
 
@@ -262,7 +268,7 @@ def measure_all(
         yield _Message("case", number, _name(case))
         row = measure_row(case, config, rates, scrub)
         yield _Message("row", number, row)
-        if row["status"] != "ok" and not _is_healthy():
+        if row["status"] != "ok" and not is_healthy():
             yield _Message("broken", number + 1)
             return
         gc.collect()
@@ -411,16 +417,6 @@ def _work(
     except ValueError as error:  # the caller's mistake: an unknown op, a tree that is not clean
         sender.send(_Message("refused", row={"error": str(error)}))
     sender.close()
-
-
-def _is_healthy() -> bool:
-    """Try whether the device still computes: after a fault in a kernel it does not."""
-    try:
-        jax.block_until_ready(jnp.ones(8) + jnp.ones(8))
-    except Exception:
-        traceback.print_exc()
-        return False
-    return True
 
 
 def _head(config: Config) -> records.Record:

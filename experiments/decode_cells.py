@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from experiments.decode_drift import DriftSelector, DriftSummary
+from sparda_jax.capacity import full_kv_bytes
 from sparda_jax.chunk import Plan, make_plan
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.kv.host import HostKV
@@ -320,10 +321,7 @@ def state_bytes(setting: Setting, method: Method) -> int:
 
 def host_bytes(setting: Setting) -> int:
     """Count the bytes of the host's records."""
-    config = setting.config
-    record = 2 * config.sparse.block_size * config.head_dim * jnp.dtype(config.dtype).itemsize
-    lanes = config.layers * setting.batch * config.kv_heads
-    return lanes * setting.num_blocks * record
+    return full_kv_bytes(setting.config, setting.batch, setting.capacity)
 
 
 def fill_host(host: HostKV, config: ModelConfig) -> None:

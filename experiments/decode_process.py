@@ -44,6 +44,7 @@ from experiments.decode_timing import (
     measure_floor,
     read_bytes,
 )
+from sparda_jax.capacity import free_device_bytes
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV, record_bytes
 from sparda_jax.kv.host_pool import HostPool
@@ -141,7 +142,7 @@ class Bench:
         if self._cell.batch is not None:
             return [self._cell.batch]
         self.weights()
-        free = free_bytes()
+        free = free_device_bytes()
         room = _CPU_ROOM if free is None else int((free - _RESERVE) * 0.98)
         most = largest_batch(
             self.model, method, room, int(self._wanted.host_gb * 1e9), **self._sizes()
@@ -193,7 +194,7 @@ class Bench:
         if method.is_offloaded and needed > self._wanted.host_gb:
             return {"status": f"skipped: needs {needed:.0f} GB of host memory"}
         self.weights()
-        free, needed = free_bytes(), state_bytes(setting, method)
+        free, needed = free_device_bytes(), state_bytes(setting, method)
         if free is not None and needed > free:
             return {"status": "out of memory", "needs_bytes": needed, "free_bytes": free}
         return None
@@ -297,12 +298,6 @@ def drifts_of(method: Method, wanted: Sequence[int]) -> list[int]:
         return [wanted[0]]
     drifts = [0, *(new for new in wanted if new > 0)]
     return drifts if method.has_lookahead else drifts[:3]
-
-
-def free_bytes() -> int | None:
-    """Count the device memory that is free; `None` where the device does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    return None if not stats else stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 def measure_cell(cell: Cell, wanted: Wanted) -> Iterator[tuple[str, Row | None]]:

@@ -9,7 +9,6 @@ program, the copy bandwidth of the device, and the gathers of a step alone.
 
 import dataclasses
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.decode_cells import Setting
 from experiments.decode_drift import DriftSelector, DriftSummary
+from experiments.kernel_timing import copy_seconds, seconds_each
 from pallas_kernels import gather_blocks
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV, record_bytes
@@ -182,27 +182,6 @@ def redirect(kv: LayerKV, drift: tuple[int, ...]) -> LayerKV:
     return dataclasses.replace(kv, summary=summary)
 
 
-def seconds_each(run: Callable[[], Array], *, runs: int, samples: int = 5) -> float:
-    """Time a run among several that follow each other; the median of some samples.
-
-    Args:
-        run: issues the work and gives an array that is ready when it is done.
-        runs: in a sample.
-        samples: how many.
-    """
-    for _ in range(2):
-        jax.block_until_ready(run())
-    found = []
-    for _ in range(samples):
-        begun = time.perf_counter()
-        last = None
-        for _ in range(runs):
-            last = run()
-        jax.block_until_ready(last)
-        found.append((time.perf_counter() - begun) / runs)
-    return float(np.median(found))
-
-
 def multiply_all(layout: Layout, parts: Parts, x: Float[Array, "B 1 D"]) -> list[Array]:
     """Run every matmul of a decode step and nothing else: one array a weight, in order.
 
@@ -259,11 +238,9 @@ def measure_floor(layout: Layout, parts: Parts, setting: Setting) -> Floor:
     program = jax.jit(lambda parts, x: multiply_all(layout, parts, x))
     matmul = seconds_each(lambda: program(parts, x)[-1], runs=16)
     size = _COPIED if jax.default_backend() == "gpu" else 1 << 20
-    memory = jnp.zeros((size // 4,), jnp.float32)
-    add = jax.jit(lambda x: x + jnp.ones_like(x))
     return Floor(
         matmul_seconds=matmul,
-        copy_bytes_per_s=2 * size / seconds_each(lambda: add(memory), runs=16),
+        copy_bytes_per_s=2 * size / copy_seconds(size),
     )
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Int
 
 from sparda_jax.kv.host import record_bytes
 from sparda_jax.kv.plan import plan_fetch
-from sparda_jax.kv.state import EMPTY, SlotPool
+from sparda_jax.kv.state import SlotPool, empty_pool
 from sparda_jax.model import SpardaLM
 from sparda_jax.session import Session
-from sparda_jax.shapes import NO_BLOCK, NO_SLOT, Mode
+from sparda_jax.shapes import Mode
 from sparda_jax.shipped import heldout_texts, load_shipped
 from sparda_jax.tokenizer import ByteTokenizer
 
@@ -71,11 +71,7 @@ def replay(
         Blocks resident, fetched and evicted in each step.
     """
     lanes, kv_heads = choices.shape[1:3]
-    empty = SlotPool(
-        table=jnp.full((lanes, kv_heads, num_blocks), NO_SLOT, jnp.int32),
-        slot_blocks=jnp.full((lanes, kv_heads, slots), NO_BLOCK, jnp.int32),
-        ages=jnp.full((lanes, kv_heads, slots), EMPTY, jnp.int32),
-    )
+    empty = empty_pool(lanes, kv_heads, num_blocks, slots)
 
     def advance(pool: SlotPool, now: tuple[Array, Array, Array]) -> tuple[SlotPool, Array]:
         plan, after = plan_fetch(now[0], pool, now[1], now[2])

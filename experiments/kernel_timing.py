@@ -11,6 +11,7 @@ alternately, is subtracted.
 import dataclasses
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -314,23 +315,24 @@ def measure_ceilings(*, is_tiny: bool) -> dict[str, tuple[str, float, int, int]]
     h2d_s = min(_seconds_from_registered(sent), _seconds_from_pinned(sent))
     multiplied = 2 * width**3
     return {
-        "copy": (f"f32 x + 1 of {copied} bytes", _copy_seconds(copied), 2 * copied, 0),
+        "copy": (f"f32 x + 1 of {copied} bytes", copy_seconds(copied), 2 * copied, 0),
         "h2d": (f"{sent} page-locked bytes", h2d_s, sent, 0),
         "matmul": (f"bf16 {width}^3", _matmul_seconds(width), 3 * 2 * width**2, multiplied),
     }
 
 
-def _copy_seconds(size: int) -> float:
+def copy_seconds(size: int) -> float:
+    """Time a copy on the device that reads `size` bytes and writes as many."""
     memory = jnp.zeros(size // 4, jnp.float32)
     add = jax.jit(lambda x: x + jnp.ones_like(x))
-    return _seconds_each(lambda: add(memory), runs=16)
+    return seconds_each(lambda: add(memory), runs=16)
 
 
 def _matmul_seconds(width: int) -> float:
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (width, width), jnp.bfloat16) for key in keys)
     multiply = jax.jit(jnp.dot)
-    return _seconds_each(lambda: multiply(a, b), runs=8)
+    return seconds_each(lambda: multiply(a, b), runs=8)
 
 
 def _seconds_from_registered(size: int) -> float:
@@ -338,7 +340,7 @@ def _seconds_from_registered(size: int) -> float:
     buffer = HostBuffer(size)
     try:
         data = buffer.array((size // 4,), np.dtype(np.float32))
-        return _seconds_each(lambda: jax.device_put(data), runs=4)
+        return seconds_each(lambda: jax.device_put(data), runs=4)
     finally:
         buffer.close()
 
@@ -349,12 +351,29 @@ def _seconds_from_pinned(size: int) -> float:
     host = SingleDeviceSharding(device, memory_kind="pinned_host")
     data = jax.block_until_ready(jax.device_put(np.ones(size // 4, np.float32), host))
     there = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-    return _seconds_each(lambda: jax.device_put(data, there), runs=4)
+    return seconds_each(lambda: jax.device_put(data, there), runs=4)
 
 
-def _seconds_each(run: Callable[[], jax.Array], *, runs: int, samples: int = 7) -> float:
-    """Time a run among several that follow each other; the median of some samples."""
-    jax.block_until_ready(run())
+def is_healthy() -> bool:
+    """Try whether the device still computes: after a fault in a kernel it does not."""
+    try:
+        jax.block_until_ready(jnp.ones(8) + jnp.ones(8))
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def seconds_each(run: Callable[[], jax.Array], *, runs: int, samples: int = 7) -> float:
+    """Time a run among several that follow each other; the median of some samples.
+
+    Args:
+        run: issues the work and gives an array that is ready when it is done.
+        runs: in a sample.
+        samples: how many.
+    """
+    for _ in range(2):  # compile, then record the graphs
+        jax.block_until_ready(run())
     found = []
     for _ in range(samples):
         begun = time.perf_counter()

@@ -19,11 +19,10 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from sparda_jax.capacity import KVPlace, Prompt, check_prompts
-from sparda_jax.chunk import init_cache
 from sparda_jax.errors import CapacityError
 from sparda_jax.generate import FinishReason
 from sparda_jax.kv.host_pool import HostPool
-from sparda_jax.kv.state import KVState, LayerKV, seed_resident, seed_slots
+from sparda_jax.kv.state import KVState, LayerKV, empty_pool
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import cut
 from sparda_jax.sampling import GREEDY, Draw, Drawn, Rows, Sampling, draw_tokens
@@ -75,38 +74,23 @@ def _join(
     return state, jax.tree.map(put, rows, new)
 
 
-_draw_tokens = jax.jit(draw_tokens, static_argnames="draw")
-
-
-def empty_layers(setting: Setting) -> list[LayerKV]:
-    """Make the layers of a batch that holds nothing yet.
+def empty_layer(setting: Setting) -> LayerKV:
+    """Make a layer of a batch that holds nothing yet.
 
     Args:
         setting: of the batch.
     """
-    sparse = setting.config.sparse
-    lengths = jnp.zeros((setting.batch,), jnp.int32)
-    nothing = (setting.batch, setting.config.kv_heads, 1)
-
-    def make() -> LayerKV:
-        cache = init_cache(setting.plan, setting.batch, setting.capacity)
-        if setting.place == "resident":
-            return seed_resident(cache, block_size=sparse.block_size)
-        chosen = jnp.full(nothing, -1, jnp.int32)
-        return seed_slots(cache, chosen, lengths, slots=setting.slots, block_size=sparse.block_size)
-
-    shapes = jax.eval_shape(make)
-    if setting.place == "resident":
-        return [
-            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            for _ in range(setting.config.layers)
-        ]
-    tables = jax.jit(lambda: make().pool)()  # XLA drops the records that it does not need
-    rest = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return [
-        dataclasses.replace(rest(), pool=jax.tree.map(jnp.copy, tables))
-        for _ in range(setting.config.layers)
-    ]
+    config, batch = setting.config, setting.batch
+    num_blocks = config.sparse.blocks(setting.capacity)
+    lanes, block_size = (batch, config.kv_heads), config.sparse.block_size
+    is_offloaded, selector = setting.place == "offload", setting.plan.selector
+    bias = jnp.zeros((*lanes, num_blocks, block_size), jnp.float32)
+    return LayerKV(
+        slots=jnp.zeros((*lanes, setting.slots, 2, block_size, config.head_dim), config.dtype),
+        pool=empty_pool(*lanes, num_blocks, setting.slots) if is_offloaded else None,
+        importance=bias if config.token_importance else None,
+        summary=selector and selector.init_summary(batch, setting.capacity, config.dtype),
+    )
 
 
 class Batcher:
@@ -187,7 +171,7 @@ class Batcher:
         self._layout, self._parts = cut(model)
         self._host, self.setting = open_host(setting, pool)
         state = KVState(
-            layers=empty_layers(self.setting),
+            layers=[empty_layer(self.setting) for _ in range(model.config.layers)],
             lengths=jnp.zeros((rows,), jnp.int32),
             reach=jnp.zeros((rows,), jnp.int32),
             step=jnp.array(1, jnp.int32),
@@ -288,7 +272,7 @@ class Batcher:
             left=one(request.max_new_tokens),
             requests=one(request.number),
         )
-        new, drawn = _draw_tokens(logits, new, one(request.prompt.size), self._key, draw=self._draw)
+        new, drawn = draw_tokens(logits, new, one(request.prompt.size), self._key, draw=self._draw)
         self._owners[row] = request
         self._tokens[request.number] = []
         ended = list(self._read(drawn, [request], first_row=row))

@@ -291,7 +291,7 @@ def draw_program(layout: Layout, way: Way, draw: Draw) -> Callable:
             rows, drawn = draw_tokens(done.logits, rows, state.lengths, key, draw=draw)
         return state, rows, drawn, done.counts, done.tails
 
-    # What is donated keeps its address, so that a recorded graph of commands stays valid.
+    # What is donated keeps its address: a recorded graph of commands has less to update.
     return jax.jit(run, donate_argnums=(0, 1), compiler_options=_options())
 
 

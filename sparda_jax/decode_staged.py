@@ -110,7 +110,6 @@ def close_program(layout: Layout) -> Callable:
 
 _insert_records = jax.jit(insert_records, donate_argnums=0)
 _take_tail = jax.jit(take_tail)
-_draw_tokens = jax.jit(draw_tokens, static_argnames="draw")
 
 
 class StagedDecoder:
@@ -212,7 +211,7 @@ class StagedDecoder:
             The rows after, what was drawn, and the counts as in `step`.
         """
         logits, counts = self.step(rows.tokens, rows.active)
-        rows, drawn = _draw_tokens(logits, rows, self.state.lengths, key, draw=draw)
+        rows, drawn = draw_tokens(logits, rows, self.state.lengths, key, draw=draw)
         return rows, drawn, counts
 
     def replace_row(self, state: KVState, row: int, length: int) -> None:

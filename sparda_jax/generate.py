@@ -79,9 +79,6 @@ class Generation:
         return decoded / self.decode_seconds if self.decode_seconds > 0.0 else 0.0
 
 
-_draw_tokens = jax.jit(draw_tokens, static_argnames="draw")
-
-
 class _Record:
     """Collects what the rows give, as their tokens reach the host."""
 
@@ -215,7 +212,7 @@ def generate(
             requests=jnp.arange(session.batch, dtype=jnp.int32),
         )
         logits = session.prefill()
-        rows, drawn = _draw_tokens(logits, rows, jnp.array(session.lengths), key, draw=draw)
+        rows, drawn = draw_tokens(logits, rows, jnp.array(session.lengths), key, draw=draw)
         # The device runs ahead by one step where nothing of a step needs the host.
         ahead = 0 if session.fetch == "device_put" else 1
         waiting = [_announce(drawn)]

@@ -8,6 +8,7 @@ the batch.
 """
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -180,6 +181,7 @@ class Drawn:
     goes_on: Bool[Array, " B"]
 
 
+@functools.partial(jax.jit, static_argnames="draw")
 def draw_tokens(
     logits: Float[Array, "B V"],
     rows: Rows,

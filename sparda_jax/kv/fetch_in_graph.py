@@ -81,6 +81,7 @@ def fetch_records(
     count = plan.miss_count
     if after is not None:  # concurrent commands know no order but data
         count = jnp.where(jnp.isfinite(after), count, jnp.int32(0))
+    # `misses` is two lists joined: XLA takes one of them as the kernel made it, without a slice.
     filled = pallas_kernels.gather_blocks(
         records.reshape(-1, *records.shape[3:]),
         plan.misses[0],

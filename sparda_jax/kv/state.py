@@ -40,6 +40,23 @@ class SlotPool:
     ages: Int[Array, "B K R"]
 
 
+def empty_pool(batch: int, kv_heads: int, num_blocks: int, slots: int) -> SlotPool:
+    """Make the pool of a layer that holds nothing yet.
+
+    Args:
+        batch: B.
+        kv_heads: K.
+        num_blocks: M.
+        slots: R.
+    """
+    lanes = (batch, kv_heads)
+    return SlotPool(
+        table=jnp.full((*lanes, num_blocks), NO_SLOT, jnp.int32),
+        slot_blocks=jnp.full((*lanes, slots), NO_BLOCK, jnp.int32),
+        ages=jnp.full((*lanes, slots), EMPTY, jnp.int32),
+    )
+
+
 @typing.no_type_check
 @struct.dataclass
 class LayerKV:

@@ -577,15 +577,15 @@ def test_a_run_ends_after_a_case_that_broke_the_device(package, tmp_path, monkey
     name = package(a='[made("x", call=lambda x: 1 / 0), made("y")]')
     config = config_of(name, tmp_path)
     assert told(config, 0, CEILING_ROWS)[-1].kind == "end"
-    monkeypatch.setattr(bench_kernels, "_is_healthy", lambda: False)
+    monkeypatch.setattr(bench_kernels, "is_healthy", lambda: False)
     messages = told(config, 0, CEILING_ROWS)
     assert [(m.kind, m.number) for m in messages[-2:]] == [("row", 0), ("broken", 1)]
 
 
 def test_a_device_that_computes_is_healthy_and_another_is_not(monkeypatch, capsys):
-    assert bench_kernels._is_healthy()
+    assert bench_kernels.is_healthy()
     monkeypatch.setattr(jnp, "ones", lambda _: 1 / 0)
-    assert not bench_kernels._is_healthy()
+    assert not bench_kernels.is_healthy()
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
