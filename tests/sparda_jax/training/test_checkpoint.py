@@ -3,6 +3,7 @@
 """Checkpoints: the same bits back, what is kept, and what is refused with the good one in place."""
 
 import dataclasses
+import gc
 import shutil
 
 import jax
@@ -118,7 +119,8 @@ def test_another_format_is_refused(saved, monkeypatch):
         checkpoints.restore(CONFIG, OPTIMIZER)
 
 
-# When its storage fails, orbax leaves coroutines and tasks of its own behind, with their errors.
+# When its storage fails, orbax leaves coroutines and tasks of its own behind, with their errors:
+# they are collected within the test, or they would warn in whichever test runs later.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_is_refused_and_the_good_one_stays(saved):
@@ -130,6 +132,7 @@ def test_a_truncated_checkpoint_is_refused_and_the_good_one_stays(saved):
             checkpoints.restore(CONFIG, OPTIMIZER)
         assert_same(checkpoints.restore(CONFIG, OPTIMIZER, step=10), state_at(10))
     assert (saved / "20").is_dir()
+    gc.collect()
 
 
 def test_a_foreign_folder_is_refused_and_the_good_one_stays(saved):
