@@ -36,7 +36,7 @@ from sparda_jax.kv.overlap import compiler_options, fetch_first
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, take_tail
 from sparda_jax.model import DecoderLayer, SpardaLM
-from sparda_jax.parts import EXACT, Layout, Parts
+from sparda_jax.parts import EXACT, Layout, Parts, commit, without_heads
 from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import Probe
 
@@ -193,7 +193,7 @@ def _finish_traced_once(
 
 def _finish(block: DecoderLayer, plan: Plan, *rest: typing.Any) -> tuple[Array, LayerKV]:
     """Run the second half of a layer; equal layers of a step are traced and lowered once."""
-    graph, weights = nnx.split(block)
+    graph, weights = nnx.split(without_heads(block))
     leaves, tree = jax.tree.flatten(weights)
     return _finish_traced_once(leaves, *rest, graph=graph, tree=tree, plan=plan)
 
@@ -321,7 +321,6 @@ class Decoder:
         writes_host = host is not None and jax.default_backend() != "cpu"
         if writes_host:
             state = dataclasses.replace(state, receipt=jnp.zeros((1,), jnp.int32))
-        self.state = state
         self._layout, self._parts, self._host = layout, parts, host
         self._way = Way(
             plan=plan,
@@ -331,6 +330,7 @@ class Decoder:
         )
         layers = range(plan.config.layers)
         self._records = [] if host is None else [host.operand(layer) for layer in layers]
+        self.state = commit(state, (state, parts, self._records))
 
     def step(
         self, tokens: Int[Array, " B"], active: Bool[Array, " B"]
@@ -367,6 +367,8 @@ class Decoder:
         """
         program = draw_program(self._layout, self._way, draw)
         held = self._held_before(rows.active)
+        if not rows.tokens.committed:
+            rows = commit(rows, self.state.lengths)
         self.state, rows, drawn, counts, tails = program(
             self.state, rows, self._parts, self._records, key
         )

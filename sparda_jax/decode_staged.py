@@ -32,7 +32,7 @@ from sparda_jax.kv.fetch_device_put import DevicePut, Fetched
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, insert_records, take_tail
-from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
+from sparda_jax.parts import EXACT, HEAD, Layout, Parts, commit, pick, without_heads
 from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import KeySummary, Probe
 
@@ -131,7 +131,7 @@ class StagedDecoder:
         state: KVState,
         host: HostKV,
     ) -> None:
-        self.state = state
+        self.state = commit(state, (state, parts))
         self.choices: tuple[Int[Array, "B K J"], ...] = ()
         self._plan, self._host = plan, host
         self._lengths = np.array(state.lengths)
@@ -151,7 +151,7 @@ class StagedDecoder:
         model = layout.merge(parts)
         self._finish, self._finish_parts = {}, {}
         for layer in layers:
-            graph, weights = nnx.split(model.layers[layer])
+            graph, weights = nnx.split(without_heads(model.layers[layer]))
             leaves, tree = jax.tree.flatten(weights)
             self._finish[layer] = finish_program(graph, tree, plan)
             self._finish_parts[layer] = leaves

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from sparda_jax.model import SpardaLM
+from sparda_jax.model import DecoderLayer, SpardaLM
 
 EXACT = {"xla_allow_excess_precision": False}
 """Compiler options of every program of generation: bf16 rounds where the code says so.
@@ -94,3 +95,34 @@ def cut(model: SpardaLM) -> tuple[Layout, Parts]:
 def pick(parts: Parts, wanted: Iterable[int]) -> Parts:
     """Take the parts that a program reads."""
     return {part: parts[part] for part in sorted(set(wanted))}
+
+
+def without_heads(block: DecoderLayer) -> DecoderLayer:
+    """Copy a layer without its Forecast: what is left of all layers but their weights is equal.
+
+    Args:
+        block: the layer; its arrays are shared.
+    """
+    copy: DecoderLayer = nnx.merge(*nnx.split(block))
+    for name in ("forecast_proj", "entry_forecast_proj"):
+        setattr(copy.attention, name, nnx.data(None))
+    return copy
+
+
+def commit[T](tree: T, beside: object) -> T:
+    """Commit arrays to the device that others are committed to; nothing is copied there.
+
+    What a program returns is committed if any of its arguments is. A state that goes round would
+    be free in the first call and committed in the second, and the program compiled once for each.
+
+    Args:
+        tree: arrays, free or committed.
+        beside: arrays that a program takes with them; if all are free, `tree` stays as it is.
+    """
+    pinned = [leaf.sharding for leaf in jax.tree.leaves(beside) if leaf.committed]
+    if not pinned:
+        return tree
+    place = pinned[0]
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, place), tree)

@@ -4,8 +4,13 @@
 
 import gc
 import importlib.util
+import os
 import pathlib
 import zlib
+
+# Most of a test's time is LLVM's, spent on code that then runs for milliseconds. Processes that
+# tests start take this over; a test whose programs run for long asks for `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import chex
 import jax
@@ -36,6 +41,9 @@ def pytest_configure(config):
     expression = config.getoption("markexpr")
     if "gpu" not in expression.replace("not gpu", ""):
         jax.config.update("jax_platforms", "cpu")
+    else:
+        os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 collect_ignore_glob = ["golden/make_*.py"]  # they need torch, and are run by hand
@@ -45,6 +53,15 @@ collect_ignore_glob = ["golden/make_*.py"]  # they need torch, and are run by ha
 def key(request):
     """Give each test its own PRNG key, the same in every run."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def optimized():
+    """Let XLA optimise what this test compiles: it runs for longer than that takes."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

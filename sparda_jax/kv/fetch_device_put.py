@@ -101,7 +101,8 @@ class DevicePut:
         if self._device.platform == "cpu":  # device_put may alias aligned memory there
             arrived = jnp.array(staged, copy=True)
         else:
-            arrived = jax.device_put(staged, self._device)
+            # Without a device, so that it is free: what is committed would commit the slots.
+            arrived = jax.device_put(staged)
         self._in_flight[turn] = arrived
         return arrived
 

@@ -404,8 +404,10 @@ def test_the_largest_batch_is_tried_first():
 
 @pytest.mark.slow
 def test_the_record_keeps_rows_of_other_cells(tmp_path):
-    first = main(dataclasses.replace(TINY, out=tmp_path, methods=("dense_resident",)))
-    assert [row["method"] for row in first.rows] == ["dense_resident"]
+    earlier = dict.fromkeys(bench_decode.KEY) | {"method": "dense_resident", "ms_per_step": 1.0}
+    earlier |= {"cell": "B2 768", "commit": "0123abcd"}
+    first = records.collect("bench_decode", "c", {}, [earlier], commit="0123abcd", dirty=False)
+    records.write(first, tmp_path)
     second = {"commit": "abcd0123", "cache": tmp_path / "cache", "methods": ("sparse_resident",)}
     record = main(dataclasses.replace(TINY, out=tmp_path, **second))
     assert [row["method"] for row in record.rows] == ["dense_resident", "sparse_resident"]

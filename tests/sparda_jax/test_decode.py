@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from sparda_jax import decode
 from sparda_jax.chunk import make_plan
+from sparda_jax.decode import draw_program
 from sparda_jax.decode_layer import Now, choices_made_at, resident_places, scores_early
 from sparda_jax.generate import generate
 from sparda_jax.model import forward
@@ -137,6 +140,25 @@ def test_a_thousand_tokens_run_through_one_program():
     )
     assert len(result.tokens[0]) == 1010
     assert sorted(TRACED) == [0, 0, 1, 1]  # each layer once in prefill and once in the step
+
+
+@pytest.mark.parametrize("is_committed", [False, True], ids=["free", "committed"])
+@pytest.mark.parametrize("kv", ["resident", "offload"])
+def test_a_step_is_compiled_once_whether_or_not_arrays_are_committed(monkeypatch, kv, is_committed):
+    model = tiny_model(layers=2, width=24 if is_committed else 40)
+    if is_committed:  # as loaded weights are
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    programs = set()
+
+    def note(*settled):
+        programs.add(draw_program(*settled))
+        return draw_program(*settled)
+
+    monkeypatch.setattr(decode, "draw_program", note)
+    fetch = {"fetch": "in_graph"} if kv == "offload" else {}
+    generate(model, prompts(), max_new_tokens=5, kv=kv, **fetch)
+    (program,) = programs
+    assert program._cache_size() == 1
 
 
 def test_a_row_that_is_not_active_keeps_its_state():

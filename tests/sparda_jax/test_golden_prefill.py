@@ -20,7 +20,7 @@ from sparda_jax.shapes import NO_BLOCK
 from sparda_jax.testing import DIFFERING_ROWS, assert_same_choices, original_tolerance
 from tests.sparda_jax.golden_models import GOLDEN, NAMES, golden_model, round_lowered
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimized")]
 
 LENGTHS = {"minicpm": (1, 20, 50, 703, 1001, 1472), "nosa": (20, 50, 703, 1001, 1472)}
 PROMPTS = [

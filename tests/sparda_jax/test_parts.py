@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparda_jax.model import forward
-from sparda_jax.parts import HEAD, cut, pick
+from sparda_jax.parts import HEAD, commit, cut, pick, without_heads
 from sparda_jax.testing import tiny_config, tiny_model
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
@@ -49,3 +50,26 @@ def test_a_part_that_is_left_out_cannot_be_read():
     x = jnp.zeros((1, 1, tiny_config().width))
     with pytest.raises(TypeError):
         layout.merge(pick(parts, [0])).logits(x)
+
+
+def test_without_their_heads_all_layers_are_of_one_structure():
+    model = tiny_model()
+    graphs = [nnx.split(without_heads(layer))[0] for layer in model.layers]
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert model.layers[0].attention.forecast_proj is not None  # the model keeps them
+    layer = without_heads(model.layers[0])
+    assert layer.attention.o_proj[...] is model.layers[0].attention.o_proj[...]
+
+
+def test_free_arrays_are_committed_where_others_are():
+    free = {"a": jnp.ones(3)}
+    assert commit(free, free) is free
+    pinned = jax.device_put(jnp.ones(2), jax.devices()[0])
+    together = commit(free, pinned)
+    assert not free["a"].committed
+    assert together["a"].committed
+    assert together["a"].sharding == pinned.sharding
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    spread = commit(free, jax.device_put(jnp.ones(2), rows))
+    assert spread["a"].sharding == jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -223,13 +223,12 @@ def test_the_memory_of_a_step_does_not_grow_with_the_square_of_the_length():
         step: Any = make_step(plan, optimizer)
         state = init_state(heads_from(model), optimizer)
         sizes = []
-        for length in (1024, 2048, 4096):
+        for length in (1024, 4096):
             tokens = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
             lengths = jax.ShapeDtypeStruct((1, 1), jnp.int32)
             memory = step.lower(state, model, tokens, lengths).compile().memory_analysis()
             sizes.append(memory.temp_size_in_bytes)
-        assert sizes[1] < 2.6 * sizes[0], sizes
-        assert sizes[2] < 2.6 * sizes[1], sizes
+        assert sizes[1] < 6 * sizes[0], sizes  # a square would be 16 times as large
 
 
 PARALLEL = """
