@@ -85,11 +85,13 @@ def empty_layer(setting: Setting) -> LayerKV:
     lanes, block_size = (batch, config.kv_heads), config.sparse.block_size
     is_offloaded, selector = setting.place == "offload", setting.plan.selector
     bias = jnp.zeros((*lanes, num_blocks, block_size), jnp.float32)
+    is_packed = setting.host_dtype is not None
     return LayerKV(
         slots=jnp.zeros((*lanes, setting.slots, 2, block_size, config.head_dim), config.dtype),
         pool=empty_pool(*lanes, num_blocks, setting.slots) if is_offloaded else None,
         importance=bias if config.token_importance else None,
         summary=selector and selector.init_summary(batch, setting.capacity, config.dtype),
+        scales=jnp.ones((*lanes, num_blocks, 2), jnp.float32) if is_packed else None,
     )
 
 
@@ -108,6 +110,7 @@ class Batcher:
         kv: where K and V live.
         slots: device slots per (sequence, KV head) when offloaded.
         fetch: how missing blocks move when offloaded.
+        host_dtype: of K and V on the host, as in `generate`.
         sampling: how tokens are drawn.
         eos_ids: tokens that end a request.
         key: needed unless greedy; a request draws by its number, as in `generate`.
@@ -138,6 +141,7 @@ class Batcher:
         kv: KVPlace = "auto",
         slots: int | None = None,
         fetch: str | None = None,
+        host_dtype: str | None = None,
         sampling: Sampling = GREEDY,
         eos_ids: Collection[int] = (),
         key: PRNGKeyArray | None = None,
@@ -162,6 +166,7 @@ class Batcher:
             kv=kv,
             slots=slots,
             fetch=fetch,
+            host_dtype=host_dtype,
             prefill_chunk=prefill_chunk,
             prefill_rows=1,
         )

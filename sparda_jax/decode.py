@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from sparda_jax.chunk import Plan
 from sparda_jax.decode_layer import (
@@ -33,8 +33,9 @@ from sparda_jax.decode_layer import (
 from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.overlap import compiler_options, fetch_first
+from sparda_jax.kv.pack import HostDtype
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
-from sparda_jax.kv.state import KVState, LayerKV, SlotPool, take_tail
+from sparda_jax.kv.state import KVState, LayerKV, SlotPool, pack_tail, take_tail
 from sparda_jax.model import DecoderLayer, SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts, commit, without_heads
 from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
@@ -51,12 +52,14 @@ class Way:
         has_lookahead: fetch for the next layer while this one computes; else each layer waits for
             its own fetch, for comparison.
         writes_host: a kernel writes completed blocks to the host; else the step returns them.
+        host_dtype: of the numbers on the host; `None` takes the model's.
     """
 
     plan: Plan
     is_offloaded: bool = False
     has_lookahead: bool = True
     writes_host: bool = False
+    host_dtype: HostDtype | None = None
 
 
 @typing.no_type_check
@@ -68,13 +71,14 @@ class Stepped:
         logits: for the token after, f32.
         choices: block ids that each layer read, in order; empty when nothing was chosen.
         counts: of each layer the blocks resident, fetched and evicted.
-        tails: of each layer the record of the block being filled, where no kernel stores it.
+        tails: of each layer the record of the block being filled, as the host stores it, where no
+            kernel does.
     """
 
     logits: Float[Array, "B V"]
     choices: tuple[Int[Array, "B K J"], ...]
     counts: Int[Array, "L 3"]
-    tails: tuple[Float[Array, "B K 2 W H"], ...]
+    tails: tuple[Num[Array, "B K 2 W H"], ...]
 
 
 class _Blocks:
@@ -121,6 +125,7 @@ class _OffloadedBlocks(_Blocks):
         super().__init__(way, state, now)
         self._records = records
         self.slots = {layer: kv.slots for layer, kv in enumerate(state.layers)}
+        self._scales = [kv.scales for kv in state.layers]
         self._receipt = state.receipt
         self._pools: dict[int, SlotPool] = {
             layer: kv.pool for layer, kv in enumerate(state.layers) if kv.pool is not None
@@ -139,6 +144,7 @@ class _OffloadedBlocks(_Blocks):
             self._records[layer],
             self._plans[layer],
             self._receipt,
+            scales=self._scales[layer],
             after=after,
         )
         self._is_fetched.add(layer)
@@ -163,11 +169,19 @@ class _OffloadedBlocks(_Blocks):
         return kv, self._plans[layer].places
 
     def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
-        if not self.way.writes_host:
-            self.tails.append(take_tail(kv.slots, places.tail))
-            return kv
-        records = self._records[layer]
-        self.receipts.append(store_completed(kv.slots, records, places.tail, self._completed))
+        records, done, source, tail = self._records[layer], self._completed, kv.slots, places.tail
+        dtype = self.way.host_dtype
+        if dtype is not None:
+            assert kv.scales is not None  # the host's records have them
+            packed, scales = pack_tail(
+                kv.slots, kv.scales, tail, done.rows, done.blocks, host_dtype=dtype
+            )
+            kv = dataclasses.replace(kv, scales=scales)
+            source, tail = packed[:, :, None], jnp.zeros_like(tail)
+        if self.way.writes_host:
+            self.receipts.append(store_completed(source, records, tail, done))
+        else:
+            self.tails.append(take_tail(source, tail))
         return kv
 
     def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
@@ -202,7 +216,7 @@ def run_step(
     model: SpardaLM,
     way: Way,
     state: KVState,
-    records: Sequence[Float[Array, "B K M 2 W H"]],
+    records: Sequence[Num[Array, "B K M 2 W H"]],
     tokens: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> tuple[KVState, Stepped]:
@@ -327,6 +341,7 @@ class Decoder:
             is_offloaded=host is not None,
             has_lookahead=has_lookahead,
             writes_host=writes_host,
+            host_dtype=None if host is None else host.host_dtype,
         )
         layers = range(plan.config.layers)
         self._records = [] if host is None else [host.operand(layer) for layer in layers]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from sparda_jax.chunk import Plan, targets_of
 from sparda_jax.decode_layer import (
@@ -31,7 +31,15 @@ from sparda_jax.decode_layer import (
 from sparda_jax.kv.fetch_device_put import DevicePut, Fetched
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
-from sparda_jax.kv.state import KVState, LayerKV, SlotPool, insert_records, take_tail
+from sparda_jax.kv.state import (
+    KVState,
+    LayerKV,
+    SlotPool,
+    insert_packed,
+    insert_records,
+    pack_tail,
+    take_tail,
+)
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, commit, pick, without_heads
 from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import KeySummary, Probe
@@ -109,7 +117,9 @@ def close_program(layout: Layout) -> Callable:
 
 
 _insert_records = jax.jit(insert_records, donate_argnums=0)
+_insert_packed = jax.jit(insert_packed, donate_argnums=0)
 _take_tail = jax.jit(take_tail)
+_pack_tail = jax.jit(pack_tail, donate_argnums=1, static_argnames="host_dtype")
 
 
 class StagedDecoder:
@@ -186,7 +196,7 @@ class StagedDecoder:
                 arriving[layer] = self._mover.fetch(layer, np.asarray(misses.pop(layer)))
             x = self._finish_layer(layer, x, begun, plans[layer].places, arriving.pop(layer), now)
             if completes.any():
-                tails[layer] = _take_tail(state.layers[layer].slots, plans[layer].places.tail)
+                tails[layer] = self._take_tail(layer, plans[layer].places.tail, completes)
                 tails[layer].copy_to_host_async()
             for target, missing in misses.items():  # while the device computes this layer
                 arriving[target] = self._mover.fetch(target, np.asarray(missing))
@@ -266,13 +276,31 @@ class StagedDecoder:
         kv = self.state.layers[layer]
         slots = kv.slots
         if fetched is not None:
-            slots = _insert_records(slots, fetched.records, fetched.places)
+            moved = (fetched.records, fetched.places)
+            if kv.scales is None:
+                slots = _insert_records(slots, *moved)
+            else:
+                slots = _insert_packed(slots, *moved, kv.scales, fetched.sources)
         stored = (slots, kv.importance)
         x, (slots, importance) = self._finish[layer](
             stored, self._finish_parts[layer], x, begun, places, now
         )
         self.state.layers[layer] = dataclasses.replace(kv, slots=slots, importance=importance)
         return x
+
+    def _take_tail(
+        self, layer: int, tail: Int[Array, "B K"], completes: Bool[np.ndarray, " B"]
+    ) -> Num[Array, "B K 2 W H"]:
+        """Copy the blocks being filled out of their slots, as the host stores them."""
+        kv, dtype = self.state.layers[layer], self._host.host_dtype
+        if dtype is None:
+            return _take_tail(kv.slots, tail)
+        rows = np.where(completes, np.arange(completes.size), completes.size)
+        blocks = self._lengths // self._plan.config.sparse.block_size
+        where = (rows.astype(np.int32), blocks.astype(np.int32))
+        packed, scales = _pack_tail(kv.slots, kv.scales, tail, *where, host_dtype=dtype)
+        self.state.layers[layer] = dataclasses.replace(kv, scales=scales)
+        return packed
 
     def _store(self, tails: dict[int, Array], completes: Bool[np.ndarray, " B"]) -> None:
         """Write the blocks that this step completed to their host records."""

@@ -142,6 +142,7 @@ def generate(
     kv: KVPlace = "auto",
     slots: int | None = None,
     fetch: str | None = None,
+    host_dtype: str | None = None,
     sampling: Sampling = GREEDY,
     eos_ids: Collection[int] = (),
     key: PRNGKeyArray | None = None,
@@ -163,6 +164,8 @@ def generate(
         slots: device slots per (sequence, KV head) when offloaded, at least the blocks that one
             token reads; `None` takes a third more.
         fetch: how missing blocks move when offloaded; `None` chooses.
+        host_dtype: of K and V on the host: `int8` and `float8_e4m3fn` halve what is moved, and
+            round it, so tokens may differ from those of resident K and V; `None` takes the model's.
         sampling: how tokens are drawn.
         eos_ids: tokens that end a sequence; they are part of its result.
         key: needed unless greedy; request r draws its token at position p with
@@ -200,6 +203,7 @@ def generate(
         kv=kv,
         slots=slots,
         fetch=fetch,
+        host_dtype=host_dtype,
         parity=parity,
         prefill_chunk=prefill_chunk,
         prefill_rows=prefill_rows,

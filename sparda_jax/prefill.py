@@ -15,15 +15,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from sparda_jax.attention import block_records
 from sparda_jax.chunk import LayerCache, Plan, init_cache, run_chunk
+from sparda_jax.kv.pack import HostDtype, pack_records
 from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
 from sparda_jax.rope import make_rope
 from sparda_jax.shapes import NO_BLOCK
 
-RecordListener = Callable[[int, int, Float[np.ndarray, "B K m 2 W H"]], None]
+RecordListener = Callable[[int, int, Num[np.ndarray, "B K m 2 W H"]], None]
 """Is told (layer, first block, records) of each chunk, in order."""
 
 
@@ -35,11 +36,13 @@ class Prefilled:
         caches: K, V and summaries of each layer.
         logits: after the last token of each prompt, f32.
         chosen: blocks that the last token of each prompt chose, per layer; J = 0 in dense mode.
+        scales: of the packed records, per layer; `None` where they were not packed.
     """
 
     caches: list[LayerCache]
     logits: Float[Array, "B V"]
     chosen: list[Int[Array, "B K J"]]
+    scales: list[Float[Array, "B K M 2"]] | None = None
 
 
 def chunk_tokens(longest: int, chunk: int, block_size: int) -> int:
@@ -109,12 +112,22 @@ def _logits_program(layout: Layout) -> Callable:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("size", "block_size"))
-def _chunk_records(cache: LayerCache, start: Array, *, size: int, block_size: int) -> Array:
-    """Cut the records of one chunk out of a cache."""
+@functools.partial(jax.jit, static_argnames=("size", "block_size", "host_dtype"))
+def _chunk_records(
+    cache: LayerCache, start: Array, *, size: int, block_size: int, host_dtype: HostDtype | None
+) -> tuple[Array, Array | None]:
+    """Cut the records of one chunk out of a cache, as the host stores them, with their scales."""
     k = jax.lax.dynamic_slice_in_dim(cache.k, start, size, axis=1)
     v = jax.lax.dynamic_slice_in_dim(cache.v, start, size, axis=1)
-    return block_records(k, v, block_size)
+    records = block_records(k, v, block_size)
+    return (records, None) if host_dtype is None else pack_records(records, host_dtype)
+
+
+def _join_scales(scales: list[Array], num_blocks: int) -> Array:
+    """Join the scales of the chunks of one layer; blocks that no prompt reached have 1."""
+    joined = jnp.concatenate(scales, axis=2)
+    missing = ((0, 0), (0, 0), (0, num_blocks - joined.shape[2]), (0, 0))
+    return jnp.pad(joined, missing, constant_values=1.0)
 
 
 def prefill(
@@ -128,6 +141,7 @@ def prefill(
     capacity: int,
     chunk: int,
     on_records: RecordListener | None = None,
+    host_dtype: HostDtype | None = None,
 ) -> Prefilled:
     """Run the prompts of a batch, chunk by chunk.
 
@@ -142,6 +156,7 @@ def prefill(
         chunk: tokens run at once, a multiple of the block size.
         on_records: told each chunk's records while the next chunk runs; the last block of a prompt
             may be partly filled, and blocks after it hold nothing of meaning.
+        host_dtype: what the records are packed to; `None` leaves them in the model's dtype.
 
     Returns:
         The caches, the logits of the last tokens and their choices.
@@ -163,6 +178,8 @@ def prefill(
     program = _chunk_program(layout, plan)
     lengths, reach = lengths.astype(np.int32), reach.astype(np.int32)
     pending: list[Array] = []
+    scales: list[list[Array]] = [[] for _ in range(config.layers)]
+    cut = {"size": chunk, "block_size": config.sparse.block_size, "host_dtype": host_dtype}
 
     def deliver(first_token: int) -> None:
         assert on_records is not None  # only then is anything pending
@@ -178,12 +195,16 @@ def prefill(
         if on_records is None:
             continue
         deliver(start - chunk)
-        for cache in held[0]:
-            records = _chunk_records(cache, now, size=chunk, block_size=config.sparse.block_size)
+        for layer, cache in enumerate(held[0]):
+            records, mine = _chunk_records(cache, now, **cut)
             records.copy_to_host_async()
             pending.append(records)
+            if mine is not None:
+                scales[layer].append(mine)
     if on_records is not None:
         deliver(starts[-1])
     caches, last, chosen = held
     logits = _logits_program(layout)(pick(parts, (HEAD,)), last)
-    return Prefilled(caches=caches, logits=logits, chosen=chosen)
+    num_blocks = capacity // config.sparse.block_size
+    joined = [_join_scales(each, num_blocks) for each in scales if each]
+    return Prefilled(caches=caches, logits=logits, chosen=chosen, scales=joined or None)

@@ -48,6 +48,8 @@ class Session:
         slots: R, device slots per (sequence, KV head) when offloaded; `None` takes a third more
             than one token reads.
         fetch: how missing blocks move when offloaded.
+        host_dtype: of K and V on the host: `int8` and `float8_e4m3fn` halve what is moved, and
+            round it; `None` takes the model's dtype.
         parity: `"reference"` repeats the original's deviations, for comparison.
         prefill_chunk: tokens run at once in prefill, a multiple of the block size; `None` takes
             about 1024.
@@ -78,6 +80,7 @@ class Session:
         kv: KVPlace = "auto",
         slots: int | None = None,
         fetch: str | None = None,
+        host_dtype: str | None = None,
         parity: Parity = None,
         prefill_chunk: int | None = None,
         prefill_rows: int | None = None,
@@ -99,6 +102,7 @@ class Session:
             kv=kv,
             slots=slots,
             fetch=fetch,
+            host_dtype=host_dtype,
             parity=parity,
             prefill_chunk=prefill_chunk,
             prefill_rows=prefill_rows,
@@ -248,6 +252,10 @@ class Session:
         """Block ids that the last step read, by layer; empty in dense mode."""
         return self._opened().choices
 
+    @property
+    def _record_bytes(self) -> int:
+        return record_bytes(self.config, self.setting.host_dtype)
+
     def _drain(self) -> None:
         self._counted += jax.device_get(self._counts)
         self._counts.clear()
@@ -259,17 +267,27 @@ class Session:
         if self._counted:
             counts = np.stack(self._counted)
         resident, fetched, evicted = np.moveaxis(counts.astype(np.int64), -1, 0)
-        return Traffic(resident, fetched, evicted, record_bytes(self.config))
+        return Traffic(
+            resident, fetched, evicted, record_bytes(self.config, self.setting.host_dtype)
+        )
 
     def traffic_of(self, step: int) -> Traffic:
         """Sum up what one step did, counted from 0."""
         if step >= len(self._counted):
             self._drain()
         resident, fetched, evicted = np.moveaxis(self._counted[step].astype(np.int64), -1, 0)
-        return Traffic(resident[None], fetched[None], evicted[None], record_bytes(self.config))
+        return Traffic(
+            resident[None],
+            fetched[None],
+            evicted[None],
+            record_bytes(self.config, self.setting.host_dtype),
+        )
 
     def device_kv_bytes(self) -> dict[str, int]:
-        """Count what the device holds between steps: slots, tables, importance, summaries."""
+        """Count what the device holds between steps: slots, tables, importance, summaries.
+
+        The scales of packed records count as tables.
+        """
 
         def count(trees: list[object]) -> int:
             return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
@@ -277,7 +295,7 @@ class Session:
         layers = self._opened().state.layers
         return {
             "slots": count([kv.slots for kv in layers]),
-            "tables": count([kv.pool for kv in layers]),
+            "tables": count([(kv.pool, kv.scales) for kv in layers]),
             "importance": count([kv.importance for kv in layers]),
             "summaries": count([kv.summary for kv in layers]),
         }

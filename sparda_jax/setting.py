@@ -32,6 +32,7 @@ from sparda_jax.errors import CapacityError
 from sparda_jax.kv.fetch import Fetch, resolve_fetch
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.host_pool import HostPool
+from sparda_jax.kv.pack import HostDtype, check_host_dtype
 from sparda_jax.kv.state import KVState, LayerKV, seed_resident, seed_slots
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import Layout, Parts
@@ -60,6 +61,7 @@ class Setting:
         slots: R, all blocks when resident.
         fetch: how missing blocks move; `None` when resident.
         may_fall_back: the caller left open how blocks move.
+        host_dtype: of K and V on the host; `None` is the model's.
     """
 
     config: ModelConfig
@@ -73,6 +75,7 @@ class Setting:
     slots: int
     fetch: Fetch | None
     may_fall_back: bool
+    host_dtype: HostDtype | None = None
 
 
 def settle(
@@ -87,6 +90,7 @@ def settle(
     kv: KVPlace = "auto",
     slots: int | None = None,
     fetch: str | None = None,
+    host_dtype: str | None = None,
     parity: Parity = None,
     prefill_chunk: int | None = None,
     prefill_rows: int | None = None,
@@ -105,6 +109,7 @@ def settle(
         kv: where K and V live.
         slots: R when offloaded; `None` takes a third more than one token reads.
         fetch: how missing blocks move when offloaded; `None` chooses.
+        host_dtype: of K and V on the host (`kv.pack`); `None` takes the model's.
         parity: `"reference"` repeats the original's deviations.
         prefill_chunk: tokens run at once in prefill; `None` takes about 1024.
         prefill_rows: prompts prefilled together; `None` takes all that fit.
@@ -123,8 +128,11 @@ def settle(
         raise ValueError(f"{prefill_rows=} must be at least 1")
     free = free_device_bytes()
     place = choose_place(kv, mode, config, batch, capacity, free)
+    packed = check_host_dtype(host_dtype)
     if place == "resident" and fetch is not None:
         raise ValueError(f"{fetch=} has nothing to fetch: K and V are resident; kv={kv!r}")
+    if place == "resident" and packed is not None:
+        raise ValueError(f"{host_dtype=} has nothing to pack: K and V are resident; kv={kv!r}")
     if prefill_rows is None:
         prefill_rows = batch
         if place == "offload" and free is not None:  # half of the free memory
@@ -154,8 +162,9 @@ def settle(
         plan=plan,
         prefill_plan=prefill_plan,
         slots=_count_slots(slots, place, plan.width, sparse.blocks(capacity)),
-        fetch=resolve_fetch(fetch, config) if place == "offload" else None,
+        fetch=resolve_fetch(fetch, config, packed) if place == "offload" else None,
         may_fall_back=fetch is None,
+        host_dtype=packed,
     )
 
 
@@ -195,7 +204,14 @@ def open_host(setting: Setting, pool: HostPool | None = None) -> tuple[HostKV | 
         return None, setting
     needs_lock = setting.fetch == "in_graph" and jax.default_backend() != "cpu"
     lock = "require" if needs_lock and not setting.may_fall_back else "auto"
-    host = HostKV(setting.config, setting.batch, setting.capacity, page_lock=lock, pool=pool)
+    host = HostKV(
+        setting.config,
+        setting.batch,
+        setting.capacity,
+        page_lock=lock,
+        pool=pool,
+        host_dtype=setting.host_dtype,
+    )
     if needs_lock and host.unlocked_reason is not None:
         _LOG.warning("fetch='device_put', because %s", host.unlocked_reason)
         setting = dataclasses.replace(setting, fetch="device_put")
@@ -264,6 +280,7 @@ def fill_rows(
         capacity=setting.capacity,
         chunk=setting.chunk,
         on_records=None if host is None else store,
+        host_dtype=setting.host_dtype,
     )
     layers = _seed(setting, done, lengths, is_resident=host is None)
     if count < rows:
@@ -287,6 +304,7 @@ def _seed(
                     cache,
                     done.chosen[layer],
                     jnp.asarray(lengths),
+                    None if done.scales is None else done.scales[layer],
                     slots=setting.slots,
                     block_size=block_size,
                 )

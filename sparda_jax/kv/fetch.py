@@ -8,6 +8,7 @@ import jax
 
 from pallas_kernels.gather_blocks import Tiles, mosaic_gpu
 from sparda_jax.config import ModelConfig
+from sparda_jax.kv.pack import HostDtype
 
 Fetch = Literal["in_graph", "device_put"]
 """How missing records come to the device. `in_graph`: a kernel reads host memory inside the one
@@ -15,12 +16,15 @@ program of a step. `device_put`: gathered into staging memory on the host and co
 ahead, layer by layer."""
 
 
-def unsupported_reason(fetch: str, config: ModelConfig) -> str | None:
+def unsupported_reason(
+    fetch: str, config: ModelConfig, host_dtype: HostDtype | None = None
+) -> str | None:
     """Say why a way to fetch cannot be used for a model here; `None` if it can.
 
     Args:
         fetch: a known name.
         config: of the model.
+        host_dtype: of the numbers on the host; `None` takes the model's.
 
     Example:
         >>> unsupported_reason("device_put", ModelConfig.shipped()) is None
@@ -30,7 +34,7 @@ def unsupported_reason(fetch: str, config: ModelConfig) -> str | None:
         return None
     sparse = config.sparse
     size = (2, sparse.block_size, config.head_dim)
-    dtype = jax.numpy.dtype(config.dtype)
+    dtype = jax.numpy.dtype(host_dtype or config.dtype)
     tiles = Tiles.default(*size[1:], dtype.itemsize)
     reason = mosaic_gpu.unsupported_reason(size, dtype, tiles)
     if reason is None:
@@ -38,7 +42,9 @@ def unsupported_reason(fetch: str, config: ModelConfig) -> str | None:
     return f"fetch='in_graph': the kernel that reads host memory {reason}; use fetch='device_put'"
 
 
-def resolve_fetch(fetch: str | None, config: ModelConfig) -> Fetch:
+def resolve_fetch(
+    fetch: str | None, config: ModelConfig, host_dtype: HostDtype | None = None
+) -> Fetch:
     """Settle how blocks move: a name gets that one or an error.
 
     `None` takes `in_graph` on a GPU where it can be used, else `device_put`.
@@ -46,6 +52,7 @@ def resolve_fetch(fetch: str | None, config: ModelConfig) -> Fetch:
     Args:
         fetch: a name, or `None`.
         config: of the model.
+        host_dtype: of the numbers on the host; `None` takes the model's.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
@@ -56,12 +63,12 @@ def resolve_fetch(fetch: str | None, config: ModelConfig) -> Fetch:
         'in_graph'
     """
     if fetch is None:
-        if jax.default_backend() == "cpu" or unsupported_reason("in_graph", config) is not None:
+        if jax.default_backend() == "cpu" or unsupported_reason("in_graph", config, host_dtype):
             return "device_put"
         return "in_graph"
     if fetch not in get_args(Fetch):
         raise ValueError(f"unknown {fetch=}; known: {', '.join(get_args(Fetch))}")
-    reason = unsupported_reason(fetch, config)
+    reason = unsupported_reason(fetch, config, host_dtype)
     if reason is not None:
         raise NotImplementedError(reason)
     return cast(Fetch, fetch)

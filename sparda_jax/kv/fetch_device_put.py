@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.page_lock import HostBuffer
@@ -30,10 +30,12 @@ class Fetched:
     Attributes:
         records: the missing records, then padding.
         places: index of each into the flattened [B K R]; padding points past the end.
+        sources: index of each into the flattened [B K M]; 0 for padding.
     """
 
-    records: Float[Array, "n 2 W H"]
+    records: Num[Array, "n 2 W H"]
     places: Int[np.ndarray, " n"]
+    sources: Int[np.ndarray, " n"]
 
 
 def bucket(count: int) -> int:
@@ -87,11 +89,14 @@ class DevicePut:
         padded = bucket(count)
         targets = np.full((padded,), self._nowhere, np.int32)
         targets[:count] = misses[1, :count]
-        return Fetched(records=self._copy(layer, misses[0, :count], padded), places=targets)
+        sources = np.zeros((padded,), np.int32)
+        sources[:count] = misses[0, :count]
+        records = self._copy(layer, sources[:count], padded)
+        return Fetched(records=records, places=targets, sources=sources)
 
     def _copy(
         self, layer: int, sources: Int[np.ndarray, " n"], padded: int
-    ) -> Float[Array, "m 2 W H"]:
+    ) -> Num[Array, "m 2 W H"]:
         """Gather records into the next staging buffer and copy it to the device."""
         turn, self._next = self._next, (self._next + 1) % len(self._staging)
         if self._in_flight[turn] is not None:
@@ -107,7 +112,7 @@ class DevicePut:
         return arrived
 
     def _gather(
-        self, layer: int, sources: Int[np.ndarray, " n"], staged: Float[np.ndarray, "m 2 W H"]
+        self, layer: int, sources: Int[np.ndarray, " n"], staged: Num[np.ndarray, "m 2 W H"]
     ) -> None:
         """Copy records[sources] to the start of `staged`, from several threads if it is much."""
         view = self._host.view(layer)

@@ -14,10 +14,11 @@ import typing
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 import pallas_kernels
 from sparda_jax.kv.plan import FetchPlan
+from sparda_jax.kv.state import insert_packed
 
 
 @typing.no_type_check
@@ -63,10 +64,11 @@ def completed_rows(
 @jax.named_scope("fetch_records")
 def fetch_records(
     slots: Float[Array, "B K R 2 W H"],
-    records: Float[Array, "B K M 2 W H"],
+    records: Num[Array, "B K M 2 W H"],
     plan: FetchPlan,
     receipt: Int[Array, " 1"] | None,
     *,
+    scales: Float[Array, "B K M 2"] | None = None,
     after: Float[Array, ""] | None = None,
 ) -> Float[Array, "B K R 2 W H"]:
     """Move the missing records of a plan into their slots, in place where the slots are donated.
@@ -76,35 +78,46 @@ def fetch_records(
         records: of the same layer, in host memory.
         plan: what is missing.
         receipt: of the last write into these records.
+        scales: of the records; `None` where they are of the slots' dtype.
         after: a finite number that must be computed first; `None` starts as soon as it can.
     """
     count = plan.miss_count
     if after is not None:  # concurrent commands know no order but data
         count = jnp.where(jnp.isfinite(after), count, jnp.int32(0))
     # `misses` is two lists joined: XLA takes one of them as the kernel made it, without a slice.
-    filled = pallas_kernels.gather_blocks(
-        records.reshape(-1, *records.shape[3:]),
-        plan.misses[0],
-        plan.misses[1],
-        count,
-        slots.reshape(-1, *slots.shape[3:]),
-        receipt=receipt,
+    source, places = plan.misses[0], plan.misses[1]
+    flat = records.reshape(-1, *records.shape[3:])
+    if scales is None:
+        target = slots.reshape(-1, *slots.shape[3:])
+        filled = pallas_kernels.gather_blocks(flat, source, places, count, target, receipt=receipt)
+        return filled.reshape(slots.shape)
+    is_miss = jnp.arange(source.shape[0], dtype=jnp.int32) < count
+    # Counted, so that it is data: XLA would place a constant list where a kernel cannot read it.
+    order = jnp.cumsum((source >= 0).astype(jnp.int32)) - 1
+    room = jnp.zeros((source.shape[0], *records.shape[3:]), records.dtype)
+    packed = pallas_kernels.gather_blocks(flat, source, order, count, room, receipt=receipt)
+    nowhere = slots.shape[0] * slots.shape[1] * slots.shape[2]
+    return insert_packed(
+        slots,
+        packed,
+        jnp.where(is_miss, places, nowhere),
+        scales,
+        jnp.where(is_miss, source, 0),
     )
-    return filled.reshape(slots.shape)
 
 
 @jax.named_scope("store_completed")
 def store_completed(
-    slots: Float[Array, "B K R 2 W H"],
-    records: Float[Array, "B K M 2 W H"],
+    slots: Num[Array, "B K R 2 W H"],
+    records: Num[Array, "B K M 2 W H"],
     tail: Int[Array, "B K"],
     completed: Completed,
 ) -> Int[Array, " 1"]:
     """Write completed blocks from their slots to their host records, in place.
 
     Args:
-        slots: of a layer.
-        records: of the same layer, in host memory.
+        slots: of a layer, or records that were packed for the host.
+        records: of the same layer, in host memory, of the same dtype.
         tail: slot of the block being filled, of each row and head.
         completed: which rows.
 

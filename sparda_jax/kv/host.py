@@ -21,18 +21,25 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from sparda_jax.config import ModelConfig
 from sparda_jax.errors import BackendError
 from sparda_jax.kv.device_view import ALIGNMENT
 from sparda_jax.kv.host_pool import HostPool, Loan
+from sparda_jax.kv.pack import HostDtype
 from sparda_jax.kv.page_lock import PageLock
 
 
-def record_bytes(config: ModelConfig) -> int:
-    """Count the bytes of one record: 2 · W · H numbers."""
-    return 2 * config.sparse.block_size * config.head_dim * jnp.dtype(config.dtype).itemsize
+def record_bytes(config: ModelConfig, host_dtype: HostDtype | None = None) -> int:
+    """Count the bytes of one record: 2 · W · H numbers.
+
+    Args:
+        config: of the model.
+        host_dtype: of the numbers; `None` takes the model's.
+    """
+    dtype = jnp.dtype(host_dtype or config.dtype)
+    return 2 * config.sparse.block_size * config.head_dim * dtype.itemsize
 
 
 class HostKV:
@@ -47,9 +54,11 @@ class HostKV:
         capacity: tokens of room for each sequence.
         page_lock: whether to page-lock the memory; a pool has settled it already.
         pool: lends the memory; without it, memory is allocated and freed again by `close`.
+        host_dtype: of the numbers in memory (`pack`); `None` takes the model's.
 
     Attributes:
         nbytes: of all records.
+        host_dtype: as given.
 
     Raises:
         CapacityError: the records exceed the host memory that is available, or the pool.
@@ -70,12 +79,14 @@ class HostKV:
         *,
         page_lock: PageLock = "auto",
         pool: HostPool | None = None,
+        host_dtype: HostDtype | None = None,
     ) -> None:
+        self.host_dtype: HostDtype | None = host_dtype
         blocks = config.sparse.blocks(capacity)
         size = (2, config.sparse.block_size, config.head_dim)
         self._layers = config.layers
         self._shape = (batch, config.kv_heads, blocks, *size)
-        self._dtype = jnp.dtype(config.dtype)
+        self._dtype = jnp.dtype(host_dtype or config.dtype)
         layer_bytes = math.prod(self._shape) * self._dtype.itemsize
         self.nbytes = config.layers * layer_bytes
         self._stride = -(-layer_bytes // ALIGNMENT) * ALIGNMENT
@@ -101,7 +112,7 @@ class HostKV:
             raise ValueError(f"{layer=} must be one of the {self._layers} layers")
         return layer * self._stride
 
-    def view(self, layer: int) -> Float[np.ndarray, "B K M 2 W H"]:
+    def view(self, layer: int) -> Num[np.ndarray, "B K M 2 W H"]:
         """Give the records of a layer to NumPy; not to be used after `close`.
 
         Args:
@@ -113,7 +124,7 @@ class HostKV:
         """
         return self._loan.array(self._shape, self._dtype, offset=self._offset(layer))
 
-    def operand(self, layer: int) -> Float[Array, "B K M 2 W H"]:
+    def operand(self, layer: int) -> Num[Array, "B K M 2 W H"]:
         """Give the same bytes to kernels, as an array of the default device: always the same one.
 
         On CUDA a kernel may write into it, and `view` shows that once the kernel's receipt has
@@ -139,7 +150,7 @@ class HostKV:
         layer: int,
         first_row: int,
         first_block: int,
-        records: Float[np.ndarray, "b K m 2 W H"],
+        records: Num[np.ndarray, "b K m 2 W H"],
     ) -> None:
         """Store neighbouring blocks of neighbouring rows; blocks past the end are dropped.
 
@@ -157,7 +168,7 @@ class HostKV:
         layer: int,
         rows: Int[np.ndarray, " n"],
         blocks: Int[np.ndarray, " n"],
-        records: Float[np.ndarray, "n K 2 W H"],
+        records: Num[np.ndarray, "n K 2 W H"],
     ) -> None:
         """Store one block of each of some rows.
 

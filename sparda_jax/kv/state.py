@@ -13,10 +13,11 @@ import typing
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sparda_jax.attention import block_bias, block_records
 from sparda_jax.chunk import LayerCache
+from sparda_jax.kv.pack import HostDtype, pack_records, unpack_records
 from sparda_jax.selectors import KeySummary
 from sparda_jax.shapes import NO_BLOCK, NO_SLOT
 
@@ -67,12 +68,14 @@ class LayerKV:
         pool: `None` when everything is resident.
         importance: NOSA's bias per key, f32; `None` for other models.
         summary: the selector's; `None` in dense mode.
+        scales: of the records on the host; `None` where they are of the model's dtype.
     """
 
     slots: Float[Array, "B K R 2 W H"]
     pool: SlotPool | None
     importance: Float[Array, "B K M W"] | None
     summary: KeySummary | None
+    scales: Float[Array, "B K M 2"] | None = None
 
 
 @typing.no_type_check
@@ -116,6 +119,7 @@ def seed_slots(
     cache: LayerCache,
     chosen: Int[Array, "B K J"],
     lengths: Int[Array, " B"],
+    scales: Float[Array, "B K M 2"] | None = None,
     *,
     slots: int,
     block_size: int,
@@ -126,6 +130,7 @@ def seed_slots(
         cache: keys and values in token order, a whole number of blocks long.
         chosen: the last query's choice, `NO_BLOCK` where there is none.
         lengths: tokens of each prompt; 0 leaves all slots empty.
+        scales: of the records on the host; `None` where they are of the model's dtype.
         slots: R, at most the number of blocks.
         block_size: W.
 
@@ -159,6 +164,7 @@ def seed_slots(
         ),
         importance=None if importance is None else block_bias(importance, block_size),
         summary=cache.summary,
+        scales=scales,
     )
 
 
@@ -230,11 +236,58 @@ def insert_records(
     return flat.at[places].set(records, mode="drop").reshape(slots.shape)
 
 
+def insert_packed(
+    slots: Float[Array, "B K R 2 W H"],
+    packed: Num[Array, "n 2 W H"],
+    places: Int[Array, " n"],
+    scales: Float[Array, "B K M 2"],
+    sources: Int[Array, " n"],
+) -> Float[Array, "B K R 2 W H"]:
+    """Put fetched records of one byte a number into their slots, in the model's dtype.
+
+    Args:
+        slots: of a layer.
+        packed: as fetched.
+        places: index of each into the flattened [B K R]; past the end drops the record.
+        scales: of all records of the layer.
+        sources: index of each into the flattened [B K M]; 0 where a record is dropped.
+    """
+    mine = scales.reshape(-1, 2)[sources]
+    return insert_records(slots, unpack_records(packed, mine, slots.dtype), places)
+
+
 def take_tail(
-    slots: Float[Array, "B K R 2 W H"], tail: Int[Array, "B K"]
-) -> Float[Array, "B K 2 W H"]:
+    slots: Num[Array, "B K R 2 W H"], tail: Int[Array, "B K"]
+) -> Num[Array, "B K 2 W H"]:
     """Copy the record of the block being filled out of its slot."""
     return jax.vmap(jax.vmap(lambda row, index: row[index]))(slots, jnp.maximum(tail, 0))
+
+
+def pack_tail(
+    slots: Float[Array, "B K R 2 W H"],
+    scales: Float[Array, "B K M 2"],
+    tail: Int[Array, "B K"],
+    rows: Int[Array, " B"],
+    blocks: Int[Array, " B"],
+    *,
+    host_dtype: HostDtype,
+) -> tuple[Num[Array, "B K 2 W H"], Float[Array, "B K M 2"]]:
+    """Pack the records of the blocks being filled; note the scales of those that are full.
+
+    Args:
+        slots: of a layer.
+        scales: of all its records.
+        tail: slot of the block being filled, of each row and head.
+        rows: whose block is full; B stands for none.
+        blocks: the block of each.
+        host_dtype: of the result.
+
+    Returns:
+        A record of every row, and the scales after it.
+    """
+    packed, new = pack_records(take_tail(slots, tail), host_dtype)
+    mine = new[jnp.minimum(rows, new.shape[0] - 1)]
+    return packed, scales.at[rows, :, blocks].set(mine, mode="drop")
 
 
 def join_layers(groups: list[list[LayerKV]]) -> list[LayerKV]:
