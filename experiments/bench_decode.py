@@ -30,6 +30,7 @@ from experiments.decode_cells import Cell, parse_cell
 from experiments.decode_process import Row, Wanted, measure_cell
 from experiments.decode_timing import Effort
 from experiments.kernel_timing import is_healthy
+from sparda_jax.kv.pack import HostDtype
 
 __all__ = ["CELLS", "Config", "main"]  # for `from experiments.bench_decode import *`
 
@@ -45,7 +46,7 @@ CELLS = (
 
 KEY = (
     *("model", "method", "context", "batch", "slots", "new_blocks_per_step"),
-    *("selections", "device_gib"),
+    *("selections", "device_gib", "kv_dtype"),
 )
 """The columns that identify a row."""
 
@@ -78,6 +79,7 @@ class Config:
         new_blocks: drifts of the offloaded methods, after none, which is always measured for the
             hidden share; resident methods take the first.
         slots: R; `None` takes a third more than a choice.
+        host_dtype: of K and V on the host of offloaded methods; `None` takes the model's.
         steps: timed in one sample.
         repeats: samples of a row; the median counts.
         warm_up: steps before the first timed one.
@@ -96,6 +98,7 @@ class Config:
     methods: tuple[str, ...] = ()
     new_blocks: tuple[int, ...] = (4, 8, 1, 2, 16)
     slots: int | None = None
+    host_dtype: HostDtype | None = None
     steps: int = 64
     repeats: int = 3
     warm_up: int = 8
@@ -116,6 +119,7 @@ class Config:
             effort=Effort(warm_up=self.warm_up, steps=self.steps, repeats=self.repeats),
             new_blocks=self.new_blocks,
             slots=self.slots,
+            host_dtype=self.host_dtype,
             host_gb=self.host_gb,
             is_tiny=self.tiny,
         )
@@ -223,7 +227,7 @@ class _Run:
 def _lost_row(cell: Cell, method: str) -> Row:
     """Make the row of a method that took its process down."""
     lost = {"model": cell.model, "method": method, "context": cell.context, "batch": cell.batch}
-    unknown = {"slots": None, "new_blocks_per_step": None, "selections": "drift"}
+    unknown = {"slots": None, "new_blocks_per_step": None, "selections": "drift", "kv_dtype": None}
     return lost | unknown | {"device_gib": cell.device_gib, "status": "crashed"}
 
 

@@ -22,7 +22,8 @@ KERNEL_HEADER = ("op", "shape", "implementation", "ms", "p10 to p90", "rate", "s
 
 SHOWN = {
     "bench_decode": (
-        *("model", "method", "context", "batch", "slots", "selections", "new_blocks_per_step"),
+        *("model", "method", "context", "batch", "slots", "kv_dtype", "selections"),
+        "new_blocks_per_step",
         *("misses", "tokens_per_s", "ms_per_step", "p99_ms", "host_ms", "h2d_gb_per_s"),
         *("hidden_share", "floor_ms", "floor_ratio", "device_gib", "status", "commit"),
     ),

@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from experiments.decode_drift import DriftSelector, DriftSummary
-from sparda_jax.capacity import full_kv_bytes
 from sparda_jax.chunk import Plan, make_plan
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
-from sparda_jax.kv.host import HostKV
+from sparda_jax.kv.host import HostKV, record_bytes
+from sparda_jax.kv.pack import HostDtype
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import Layout, Parts, cut
@@ -35,6 +35,7 @@ MODELS = ("minicpm4_1_8b", "nosa_8b")
 
 _BANK = 61  # distinct random records, repeated over the slots
 _PIECE = 8 << 20  # bytes of the random piece that the host's records repeat
+_STEPS = 32  # what a packed number is multiplied by
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +191,7 @@ class Setting:
         context: tokens of each row when decoding begins.
         capacity: tokens of room for each row.
         slots: R of an offloaded layer.
+        host_dtype: of K and V on the host; `None` is the model's.
     """
 
     config: ModelConfig
@@ -197,6 +199,7 @@ class Setting:
     context: int
     capacity: int
     slots: int
+    host_dtype: HostDtype | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -213,7 +216,13 @@ class Setting:
 
 
 def make_setting(
-    config: ModelConfig, *, context: int, batch: int, steps: int, slots: int | None = None
+    config: ModelConfig,
+    *,
+    context: int,
+    batch: int,
+    steps: int,
+    slots: int | None = None,
+    host_dtype: HostDtype | None = None,
 ) -> Setting:
     """Settle the sizes of a cell.
 
@@ -223,6 +232,7 @@ def make_setting(
         batch: B.
         steps: tokens that may follow.
         slots: R; `None` takes a third more than a choice, as `Session` does.
+        host_dtype: of K and V on the host; `None` takes the model's.
     """
     block_size = config.sparse.block_size
     selected = config.sparse.selected_blocks
@@ -232,6 +242,7 @@ def make_setting(
         context=context,
         capacity=-(-(context + steps) // block_size) * block_size,
         slots=selected + selected // 3 if slots is None else slots,
+        host_dtype=host_dtype,
     )
 
 
@@ -282,11 +293,13 @@ def _layer_state(
     if config.token_importance:
         shape = (batch, kv_heads, num_blocks, block_size)
         importance = jnp.abs(_fill(keys[2], jax.ShapeDtypeStruct(shape, jnp.float32)))
+    is_packed = is_offloaded and setting.host_dtype is not None
     return LayerKV(
         slots=records.reshape(batch, kv_heads, slots, *records.shape[1:]),
         pool=pool,
         importance=importance,
         summary=summary,
+        scales=jnp.full((batch, kv_heads, num_blocks, 2), 1 / _STEPS) if is_packed else None,
     )
 
 
@@ -321,7 +334,9 @@ def state_bytes(setting: Setting, method: Method) -> int:
 
 def host_bytes(setting: Setting) -> int:
     """Count the bytes of the host's records."""
-    return full_kv_bytes(setting.config, setting.batch, setting.capacity)
+    config = setting.config
+    records = config.layers * setting.batch * config.kv_heads * setting.num_blocks
+    return records * record_bytes(config, setting.host_dtype)
 
 
 def fill_host(host: HostKV, config: ModelConfig) -> None:
@@ -331,8 +346,10 @@ def fill_host(host: HostKV, config: ModelConfig) -> None:
         host: its memory.
         config: of the model.
     """
-    dtype = jnp.dtype(config.dtype)
+    dtype = host.view(0).dtype
     normal = np.random.default_rng(0).standard_normal(_PIECE // dtype.itemsize, np.float32)
+    if host.host_dtype is not None:
+        normal = np.clip(normal * _STEPS, -127, 127)
     piece = normal.astype(dtype).view(np.uint8)
     views = [host.view(layer).reshape(-1).view(np.uint8) for layer in range(config.layers)]
 

@@ -48,6 +48,7 @@ from sparda_jax.capacity import free_device_bytes
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV, record_bytes
 from sparda_jax.kv.host_pool import HostPool
+from sparda_jax.kv.pack import HostDtype
 from sparda_jax.parts import Layout, Parts
 
 Row = dict[str, Any]
@@ -65,6 +66,7 @@ class Wanted:
         effort: steps of a row.
         new_blocks: drifts of the offloaded methods, in their order; resident ones take the first.
         slots: R; `None` takes a third more than a choice.
+        host_dtype: of K and V on the host; `None` takes the model's.
         host_gb: records that the host has room for.
         is_tiny: a model that runs on any CPU.
     """
@@ -72,6 +74,7 @@ class Wanted:
     effort: Effort = dataclasses.field(default_factory=Effort)
     new_blocks: tuple[int, ...] = (4, 8, 1, 2, 16)
     slots: int | None = None
+    host_dtype: HostDtype | None = None
     host_gb: float = 100.0
     is_tiny: bool = False
 
@@ -112,7 +115,12 @@ class Bench:
 
     def _sizes(self) -> dict[str, Any]:
         steps = self._wanted.effort.total + 1
-        return {"context": self._cell.context, "steps": steps, "slots": self._wanted.slots}
+        return {
+            "context": self._cell.context,
+            "steps": steps,
+            "slots": self._wanted.slots,
+            "host_dtype": self._wanted.host_dtype,
+        }
 
     def host(self, setting: Setting) -> HostKV:
         """Lend the host's records of a batch, filled; those of another batch are given back."""
@@ -120,7 +128,13 @@ class Bench:
             return self._host[1]
         self._close_host()
         fresh = host_bytes(setting) > self._pool.size
-        host = HostKV(setting.config, setting.batch, setting.capacity, pool=self._pool)
+        host = HostKV(
+            setting.config,
+            setting.batch,
+            setting.capacity,
+            pool=self._pool,
+            host_dtype=setting.host_dtype,
+        )
         self._host = (setting, host)
         if fresh:
             self.say(f"{host.nbytes / 1e9:.1f} GB of host memory locked")
@@ -184,7 +198,7 @@ class Bench:
             "new_blocks_per_step": drifts_of(method, self._wanted.new_blocks)[-1],
             "selections": "all" if method.mode == "dense" else "drift",
             "device_gib": self._cell.device_gib,
-            "kv_dtype": setting.config.dtype,
+            "kv_dtype": (method.is_offloaded and setting.host_dtype) or setting.config.dtype,
             "host_bytes": host_bytes(setting) if method.is_offloaded else 0,
         }
 
@@ -237,7 +251,7 @@ class Bench:
         """Put what was measured into columns, beside the floor."""
         seconds = float(np.median(found.seconds))
         lanes = setting.config.layers * setting.batch * setting.config.kv_heads
-        moved = found.fetched * record_bytes(setting.config)
+        moved = found.fetched * record_bytes(setting.config, setting.host_dtype)
         read = read_bytes(setting, reads_all=method.mode == "dense") / floor.copy_bytes_per_s
         link = moved / self._h2d if moved and self._h2d else 0.0
         least = max(floor.matmul_seconds + read, link)

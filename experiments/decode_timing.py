@@ -316,6 +316,9 @@ class FetchAlone:
         count = jnp.array([new_blocks * self._lanes], jnp.int32)
         decoder = runner.decoder
         slots = [kv.slots for kv in decoder.state.layers]
+        is_packed = self._records[0].dtype != slots[0].dtype
+        if is_packed:  # they arrive beside the slots
+            slots = [jnp.zeros(each.shape, self._records[0].dtype) for each in slots]
 
         def run() -> Array:
             slots[:] = self._program(slots, self._records, self._lists, count)
@@ -324,11 +327,12 @@ class FetchAlone:
         try:
             return seconds_each(run, runs=8)
         finally:
-            layers = [
-                dataclasses.replace(kv, slots=filled)
-                for kv, filled in zip(decoder.state.layers, slots, strict=True)
-            ]
-            decoder.state = dataclasses.replace(decoder.state, layers=layers)
+            if not is_packed:
+                layers = [
+                    dataclasses.replace(kv, slots=filled)
+                    for kv, filled in zip(decoder.state.layers, slots, strict=True)
+                ]
+                decoder.state = dataclasses.replace(decoder.state, layers=layers)
 
 
 def copy_rate_from_host(host: HostKV) -> float:

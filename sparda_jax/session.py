@@ -301,6 +301,11 @@ class Session:
         }
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of the records on the host: 0 when resident, or before `prefill`."""
+        return 0 if self._host is None else self._host.nbytes
+
+    @property
     def full_kv_bytes(self) -> int:
         """Bytes of all K and V with room for `capacity` tokens a sequence."""
         return full_kv_bytes(self.config, self.batch, self.capacity)

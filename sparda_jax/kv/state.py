@@ -256,9 +256,7 @@ def insert_packed(
     return insert_records(slots, unpack_records(packed, mine, slots.dtype), places)
 
 
-def take_tail(
-    slots: Num[Array, "B K R 2 W H"], tail: Int[Array, "B K"]
-) -> Num[Array, "B K 2 W H"]:
+def take_tail(slots: Num[Array, "B K R 2 W H"], tail: Int[Array, "B K"]) -> Num[Array, "B K 2 W H"]:
     """Copy the record of the block being filled out of its slot."""
     return jax.vmap(jax.vmap(lambda row, index: row[index]))(slots, jnp.maximum(tail, 0))
 

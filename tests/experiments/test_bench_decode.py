@@ -369,6 +369,23 @@ def test_every_method_gives_rows():
     assert row["h2d_gb_per_s"] == pytest.approx(row["fetched_bytes"] / row["ms_per_step"] / 1e6)
 
 
+@pytest.mark.slow
+def test_packed_records_move_a_quarter_of_the_bytes_of_float32():
+    cell = parse_cell("B2 768", ("sparda_offload",))
+    effort = Effort(warm_up=1, steps=3, repeats=1)
+    wanted = Wanted(effort=effort, new_blocks=(2,), host_dtype="int8", is_tiny=True)
+    rows = [row for _, row in measure_cell(cell, wanted) if row is not None]
+    assert [(row["status"], row["kv_dtype"]) for row in rows] == [("ok", "int8")] * 2
+    setting = setting_of()
+    assert rows[1]["misses"] == 2
+    lanes = setting.config.layers * setting.batch * setting.config.kv_heads
+    assert rows[1]["fetched_bytes"] == 2 * lanes * 2 * 8 * 16
+    assert rows[1]["host_bytes"] * 4 == host_bytes(
+        make_setting(setting.config, context=768, batch=2, steps=effort.total + 1)
+    )
+    assert rows[1]["fetch_ms"] > 0.0
+
+
 def test_a_cell_that_the_host_cannot_hold_is_named():
     cell = parse_cell("B2 768", ("sparda_offload",))
     wanted = Wanted(host_gb=1e-6, is_tiny=True)
