@@ -60,9 +60,20 @@ def test_offloaded_is_resident_token_for_token_on_a_gpu():
     assert runs[1].traffic.fetched.sum() > 0
 
 
+@pytest.mark.parametrize("host_dtype", ["int8", "float8_e4m3fn"])
+def test_packed_records_give_the_same_tokens_by_both_ways_on_a_gpu(host_dtype):
+    prompts = [tokens[:1500] for tokens in documents()]
+    options = {"max_new_tokens": 64, "kv": "offload", "slots": 32, "host_dtype": host_dtype}
+    model = load_shipped("bfloat16")
+    runs = [generate(model, prompts, fetch=fetch, **options) for fetch in FETCHES]
+    assert runs[0].tokens == runs[1].tokens
+    assert runs[0].traffic.fetched.sum() > 0
+
+
 LENGTHS = (4000, 1203, 7100)
 NEW = 304  # 19 blocks of 16
-WAYS = (("resident", None), ("offload", "in_graph"), ("offload", "device_put"))
+FETCHES = ("in_graph", "device_put")
+WAYS = (("resident", None), *(("offload", fetch) for fetch in FETCHES))
 
 
 def documents():
