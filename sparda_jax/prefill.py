@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num
 from sparda_jax.attention import block_records
 from sparda_jax.chunk import LayerCache, Plan, init_cache, run_chunk
 from sparda_jax.kv.pack import HostDtype, pack_records
-from sparda_jax.parts import EXACT, HEAD, Layout, Parts, pick
+from sparda_jax.parts import EXACT, HEAD, Layout, Parts, commit, pick
 from sparda_jax.rope import make_rope
 from sparda_jax.shapes import NO_BLOCK
 
@@ -175,6 +175,7 @@ def prefill(
             for _ in range(config.layers)
         ],
     )
+    held = commit(held, parts)
     program = _chunk_program(layout, plan)
     lengths, reach = lengths.astype(np.int32), reach.astype(np.int32)
     pending: list[Array] = []

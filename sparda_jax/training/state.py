@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sparda_jax.config import ModelConfig
 from sparda_jax.layers import init_forecast
 from sparda_jax.model import SpardaLM
+from sparda_jax.parts import commit
 
 
 @typing.no_type_check
@@ -120,6 +121,7 @@ def init_state(heads: Heads, optimizer: OptimizerConfig) -> TrainState:
     """Start training from these heads; they are copied, because a step donates its state."""
     heads = jax.tree.map(jnp.array, heads)
     tree: Any = heads  # a pytree like any other to optax
-    return TrainState(
+    state = TrainState(
         heads=heads, optimizer=optimizer.make().init(tree), step=jnp.zeros((), jnp.int32)
     )
+    return commit(state, heads)

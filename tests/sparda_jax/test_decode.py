@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparda_jax import decode
+from sparda_jax import decode, prefill
 from sparda_jax.chunk import make_plan
-from sparda_jax.decode import draw_program
 from sparda_jax.decode_layer import Now, choices_made_at, resident_places, scores_early
 from sparda_jax.generate import generate
 from sparda_jax.model import forward
@@ -144,21 +143,29 @@ def test_a_thousand_tokens_run_through_one_program():
 
 @pytest.mark.parametrize("is_committed", [False, True], ids=["free", "committed"])
 @pytest.mark.parametrize("kv", ["resident", "offload"])
-def test_a_step_is_compiled_once_whether_or_not_arrays_are_committed(monkeypatch, kv, is_committed):
+def test_every_program_is_compiled_once_whether_or_not_arrays_are_committed(
+    monkeypatch, kv, is_committed
+):
     model = tiny_model(layers=2, width=24 if is_committed else 40)
-    if is_committed:  # as loaded weights are
+    if is_committed:  # as a caller may do
         nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    programs = set()
+    before, programs = {}, set()
 
-    def note(*settled):
-        programs.add(draw_program(*settled))
-        return draw_program(*settled)
+    def noting(make):
+        def note(*settled):
+            program = make(*settled)
+            before.setdefault(program, program._cache_size())
+            programs.add(program)
+            return program
 
-    monkeypatch.setattr(decode, "draw_program", note)
+        return note
+
+    monkeypatch.setattr(decode, "draw_program", noting(decode.draw_program))
+    monkeypatch.setattr(prefill, "_chunk_program", noting(prefill._chunk_program))
     fetch = {"fetch": "in_graph"} if kv == "offload" else {}
-    generate(model, prompts(), max_new_tokens=5, kv=kv, **fetch)
-    (program,) = programs
-    assert program._cache_size() == 1
+    generate(model, prompts(), max_new_tokens=5, kv=kv, prefill_chunk=8, **fetch)
+    assert len(programs) == 2
+    assert all(program._cache_size() - before[program] <= 1 for program in programs)
 
 
 def test_a_row_that_is_not_active_keeps_its_state():

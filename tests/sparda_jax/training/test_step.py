@@ -185,6 +185,14 @@ def test_heads_go_into_the_model_in_its_own_dtype():
     assert heads.entry.dtype == jnp.float32
 
 
+def test_a_fresh_state_is_committed_where_its_heads_are():
+    free = heads_from(MODEL)
+    pinned = jax.device_put(free, jax.devices()[0])
+    for heads, is_committed in ((free, False), (pinned, True)):
+        leaves = jax.tree.leaves(init_state(heads, OptimizerConfig()))
+        assert {leaf.committed for leaf in leaves} == {is_committed}
+
+
 def test_a_bf16_backbone_trains_f32_heads():
     model = tiny_model(dtype="bfloat16")
     plan = LayerPlan(config=model.config)
