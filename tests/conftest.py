@@ -58,7 +58,7 @@ def key(request):
 @pytest.fixture
 def optimized():
     """Let XLA optimise what this test compiles: it runs for longer than that takes."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
