@@ -109,6 +109,11 @@ def without_heads(block: DecoderLayer) -> DecoderLayer:
     return copy
 
 
+def _is_committed(leaf: object) -> bool:
+    """Tell whether an array has a place; one that is traced has none."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
+
+
 def commit[T](tree: T, beside: object) -> T:
     """Commit arrays to the device that others are committed to; nothing is copied there.
 
@@ -119,10 +124,10 @@ def commit[T](tree: T, beside: object) -> T:
         tree: arrays, free or committed.
         beside: arrays that a program takes with them; if all are free, `tree` stays as it is.
     """
-    pinned = [leaf.sharding for leaf in jax.tree.leaves(beside) if leaf.committed]
+    pinned = [leaf.sharding for leaf in jax.tree.leaves(beside) if _is_committed(leaf)]
     if not pinned:
         return tree
     place = pinned[0]
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, place), tree)
+    return jax.tree.map(lambda x: x if _is_committed(x) else jax.device_put(x, place), tree)

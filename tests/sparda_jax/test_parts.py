@@ -64,6 +64,7 @@ def test_without_their_heads_all_layers_are_of_one_structure():
 def test_free_arrays_are_committed_where_others_are():
     free = {"a": jnp.ones(3)}
     assert commit(free, free) is free
+    assert jax.eval_shape(lambda: commit({"a": jnp.ones(3)}, jnp.ones(2)))["a"].shape == (3,)
     pinned = jax.device_put(jnp.ones(2), jax.devices()[0])
     together = commit(free, pinned)
     assert not free["a"].committed
