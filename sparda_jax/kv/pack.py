@@ -62,8 +62,8 @@ def pack_records(
 
     Example:
         >>> packed, scales = pack_records(jnp.array([-1.0, 0.25]).reshape(1, 2, 1, 1), "int8")
-        >>> packed.ravel().tolist(), (packed[..., 0, 0] * scales).tolist()
-        ([-127, 127], [[-1.0, 0.25]])
+        >>> packed.ravel().tolist(), unpack_records(packed, scales, scales.dtype).ravel().tolist()
+        ([-127, 127], [-1.0, 0.25])
     """
     kind = jnp.dtype(dtype)
     wide = records.astype(jnp.float32)

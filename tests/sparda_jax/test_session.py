@@ -111,12 +111,12 @@ def test_an_open_choice_falls_to_copies_where_kernels_cannot_see_the_memory(
     asked = []
     real = setting_module.HostKV
 
-    def unlocked(*arguments, page_lock, pool):
+    def unlocked(*arguments, page_lock, **options):
         asked.append(page_lock)
-        return real(*arguments, page_lock="never", pool=pool)
+        return real(*arguments, page_lock="never", **options)
 
     monkeypatch.setattr(setting_module, "HostKV", unlocked)
-    monkeypatch.setattr(setting_module, "resolve_fetch", lambda fetch, config: "in_graph")
+    monkeypatch.setattr(setting_module, "resolve_fetch", lambda *settled: "in_graph")
     monkeypatch.setattr(setting_module.jax, "default_backend", lambda: "gpu")
     for fetch in (None, "in_graph"):
         session = Session(model, prompts(), max_new_tokens=1, kv="offload", fetch=fetch)
