@@ -22,7 +22,7 @@ from pallas_kernels import gather_blocks
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV, record_bytes
 from sparda_jax.kv.state import LayerKV
-from sparda_jax.parts import Layout, Parts
+from sparda_jax.parts import Layout, Parts, commit
 from sparda_jax.sampling import Draw, Rows
 
 _COPIED = 1 << 28  # bytes of the array that measures the copy bandwidth
@@ -107,7 +107,8 @@ class Runner:
             layers = [redirect(kv, (layer, *drift)) for layer, kv in enumerate(layers)]
         self._new, self._done = new_blocks, 0
         lengths = jnp.full((batch,), self._setting.context, jnp.int32)
-        self.decoder.state = dataclasses.replace(state, layers=layers, lengths=lengths)
+        fresh = dataclasses.replace(state, layers=layers, lengths=lengths)
+        self.decoder.state = commit(fresh, state)  # else the step would be compiled again
 
     def advance(self) -> Int[Array, "L 3"]:
         """Issue one step; give its counts of blocks resident, fetched and evicted."""
@@ -138,9 +139,9 @@ class Runner:
         for _ in range(effort.warm_up):
             self.advance()
         self.wait()
-        counts: list[Array] = []
+        counts: list[np.ndarray] = []
         samples = [self._time_each(effort.steps, counts) for _ in range(effort.repeats)]
-        fetched = np.stack(jax.device_get(counts))[:, :, 1].astype(np.int64).sum(axis=1)
+        fetched = np.stack(counts)[:, :, 1].astype(np.int64).sum(axis=1)
         return Steps(
             seconds=tuple(float(np.mean(sample)) for sample in samples),
             each=tuple(np.concatenate(samples).tolist()),
@@ -148,20 +149,22 @@ class Runner:
             fetched=float(fetched.mean()),
         )
 
-    def _time_each(self, steps: int, counts: list[Array]) -> list[float]:
+    def _time_each(self, steps: int, counts: list[np.ndarray]) -> list[float]:
         """Take the times between the arrivals of tokens, each read while the next step runs.
 
-        That is how `generate` and the batcher run. Steps issued without reading take longer where
-        the host is the limit: a graph of commands that still runs is slow to be issued again.
+        That is how `generate` and the batcher run. Nothing that a step returns stays on the device:
+        it would move the buffers of those that follow, and XLA would record their commands anew.
         """
         arrived, last = [], None
         for _ in range(steps + 2):
-            counts.append(self.advance())
-            self._tokens.copy_to_host_async()
+            newest = (self.advance(), self._tokens)
+            for array in newest:
+                array.copy_to_host_async()
             if last is not None:
-                np.asarray(last)
+                counts.append(np.array(last[0]))
+                np.asarray(last[1])
                 arrived.append(time.perf_counter())
-            last = self._tokens
+            last = newest
         self.wait()
         return np.diff(arrived).tolist()
 

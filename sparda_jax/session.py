@@ -6,6 +6,7 @@ A `Session` checks everything before work starts, decides where K and V live, ru
 then takes one token of each row at a time. The tokens may be sampled or given (teacher forcing).
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Literal
 
@@ -111,7 +112,7 @@ class Session:
         self._layout, self._parts = cut(model)
         self._host: HostKV | None = None
         self._decoder: Decoder | StagedDecoder | None = None
-        self._counts: list[Int[Array, "L 3"]] = []
+        self._counts: collections.deque[Int[Array, "L 3"]] = collections.deque()
         self._counted: list[Int[np.ndarray, "L 3"]] = []
         self._allowed = self._left = max_new_tokens
 
@@ -236,9 +237,14 @@ class Session:
         return decoder
 
     def _note(self, counts: Int[Array, "L 3"]) -> None:
+        """Take the counts of a step that may still run; those of older ones leave the device.
+
+        Were they kept there, each step's buffers would stand elsewhere, and XLA would record the
+        commands of the whole step anew.
+        """
+        counts.copy_to_host_async()
         self._counts.append(counts)
-        if len(self._counts) == 64:
-            self._drain()
+        self._drain(keep=2)
 
     @property
     def lengths(self) -> Int[np.ndarray, " B"]:
@@ -256,9 +262,10 @@ class Session:
     def _record_bytes(self) -> int:
         return record_bytes(self.config, self.setting.host_dtype)
 
-    def _drain(self) -> None:
-        self._counted += jax.device_get(self._counts)
-        self._counts.clear()
+    def _drain(self, keep: int = 0) -> None:
+        """Bring counts to the host, all but the newest few."""
+        while len(self._counts) > keep:
+            self._counted.append(np.array(self._counts.popleft()))
 
     def traffic(self) -> Traffic:
         """Sum up what the cache did so far, by step and layer."""
@@ -273,8 +280,7 @@ class Session:
 
     def traffic_of(self, step: int) -> Traffic:
         """Sum up what one step did, counted from 0."""
-        if step >= len(self._counted):
-            self._drain()
+        self._drain(keep=max(len(self._counted) + len(self._counts) - step - 1, 0))
         resident, fetched, evicted = np.moveaxis(self._counted[step].astype(np.int64), -1, 0)
         return Traffic(
             resident[None],

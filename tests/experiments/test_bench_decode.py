@@ -26,6 +26,7 @@ from experiments.decode_cells import (
     state_bytes,
     weight_bytes,
 )
+from experiments.decode_compile import abstract_step
 from experiments.decode_drift import DriftSelector
 from experiments.decode_process import Wanted, drifts_of, measure_cell
 from experiments.decode_timing import Effort, FetchAlone, Runner, multiply_all, read_bytes
@@ -344,6 +345,28 @@ def test_the_table_shows_the_columns_that_matter():
     assert "| m | 4 |  |" in collect.table(record)
 
 
+@pytest.mark.parametrize("method", ["sparda_offload", "sparse_resident"])
+def test_what_is_compiled_ahead_is_what_a_cell_runs(method):
+    bench = decode_process.Bench(parse_cell("B2 256"), Wanted(is_tiny=True))
+    setting = bench.setting(2)
+    program, arguments = abstract_step(setting, METHODS[method])
+    ahead = program.lower(*arguments).as_text()
+    lowered = []
+    runner = bench.start(METHODS[method], setting)
+
+    class Lowering:
+        def __call__(self, *given):
+            lowered.append(program.lower(*given).as_text())
+            raise InterruptedError  # that is all there is to see
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparda_jax.decode.draw_program", lambda *_: Lowering())
+        with pytest.raises(InterruptedError):
+            runner.advance()
+    bench.close()
+    assert lowered == [ahead]
+
+
 # --- rows and records -----------------------------------------------------------------------------
 
 
@@ -420,13 +443,14 @@ def test_the_largest_batch_is_tried_first():
 
 
 @pytest.mark.slow
-def test_the_record_keeps_rows_of_other_cells(tmp_path):
+def test_the_record_keeps_rows_of_other_cells(tmp_path, capfd):
     earlier = dict.fromkeys(bench_decode.KEY) | {"method": "dense_resident", "ms_per_step": 1.0}
     earlier |= {"cell": "B2 768", "commit": "0123abcd"}
     first = records.collect("bench_decode", "c", {}, [earlier], commit="0123abcd", dirty=False)
     records.write(first, tmp_path)
     second = {"commit": "abcd0123", "cache": tmp_path / "cache", "methods": ("sparse_resident",)}
     record = main(dataclasses.replace(TINY, out=tmp_path, **second))
+    assert "1 of 1 steps compiled" in capfd.readouterr().out
     assert [row["method"] for row in record.rows] == ["dense_resident", "sparse_resident"]
     assert record.rows[0]["commit"] == "0123abcd"
     assert records.read(records.path_of(record, tmp_path)) == record

@@ -3,6 +3,7 @@
 """A session: checks, groups of rows, the end of its room, its books."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,21 @@ def test_the_books_are_kept_for_every_step(model):
         blocks = np.minimum((9 + np.arange(steps)) // 8 + 1, 5)
         np.testing.assert_array_equal(traffic.resident[:, 0], 2 * blocks)
         np.testing.assert_array_equal(session.traffic_of(69).resident, traffic.resident[69:])
+
+
+def test_the_books_do_not_pile_up_on_the_device(model):
+    def held():
+        gc.collect()
+        return sum(x.shape == (2, 3) for x in jax.live_arrays())
+
+    before = held()
+    with Session(model, prompts((9,)), max_new_tokens=9, kv="resident") as session:
+        session.prefill()
+        for step in range(9):
+            session.step(np.array([step]))
+        assert held() - before <= 2
+        session.traffic_of(6)  # done long ago: newer books may still be written
+        assert held() - before == 2
 
 
 def test_the_books_of_dense_mode_count_every_block(model):
