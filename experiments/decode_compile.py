@@ -43,12 +43,12 @@ def abstract_step(setting: Setting, method: Method) -> tuple[Any, tuple[Any, ...
         return parts
 
     parts = jax.eval_shape(make)
-    state = jax.eval_shape(lambda: make_state(setting, method))
+    state: Any = jax.eval_shape(lambda: make_state(setting, method))
     writes_host = method.is_offloaded and jax.default_backend() != "cpu"
     if writes_host:
         state = dataclasses.replace(state, receipt=jax.ShapeDtypeStruct((1,), jnp.int32))
-    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    bools = jax.ShapeDtypeStruct((batch,), bool)
+    ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    bools: Any = jax.ShapeDtypeStruct((batch,), bool)
     rows = Rows(tokens=ints, active=bools, left=ints, requests=ints)
     shape = (batch, config.kv_heads, setting.num_blocks, 2, config.sparse.block_size)
     dtype = jnp.dtype(setting.host_dtype or config.dtype)
