@@ -32,7 +32,7 @@ from sparda_jax.decode_layer import (
 )
 from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
 from sparda_jax.kv.host import HostKV
-from sparda_jax.kv.overlap import compiler_options, fetch_first
+from sparda_jax.kv.overlap import compiler_options, fetch_first, hold_lists
 from sparda_jax.kv.pack import HostDtype
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, pack_tail, take_tail
@@ -166,7 +166,7 @@ class _OffloadedBlocks(_Blocks):
         if layer not in self._is_fetched:
             self._fetch(layer, None if self.way.has_lookahead else after)
         kv = dataclasses.replace(kv, slots=self.slots[layer], pool=self._pools[layer])
-        return kv, self._plans[layer].places
+        return kv, hold_lists(self._plans[layer])
 
     def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
         records, done, source, tail = self._records[layer], self._completed, kv.slots, places.tail

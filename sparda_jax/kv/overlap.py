@@ -6,11 +6,18 @@ XLA turns a program into CUDA graphs. By default each command of a graph waits f
 told to be concurrent, it waits only for those that touch the same buffers. A fetch then overlaps
 with what was issued after it and does not need it, so it must come first in the schedule, and the
 barrier of `fetch_first` sees to that. What an order depends on must be in the data: concurrent
-commands know no other.
+commands know no other. Nor does XLA know that a kernel runs beside others: what a fetch reads is
+free for other results as soon as the fetch has been issued, unless `hold_lists` reads it later.
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from sparda_jax.kv.plan import FetchPlan, Places
+from sparda_jax.shapes import NO_SLOT
 
 CONCURRENT_COMMANDS = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -35,3 +42,22 @@ def fetch_first[X, F](x: X, fetched: F) -> tuple[X, F]:
         Both, to be used from here on.
     """
     return lax.optimization_barrier((x, fetched))
+
+
+def hold_lists(plan: FetchPlan) -> Places:
+    """Give the places of a plan such that the lists of its fetch keep their memory until then.
+
+    The slot of the tail is read from them, in a way that changes nothing: no entry is less than −1.
+    Else partial results of the attention that runs beside the fetch would take their place, and
+    wait until the fetch is over.
+
+    Args:
+        plan: whose fetch is issued; the places are first read where its blocks must be there.
+
+    Returns:
+        Equal to `plan.places`.
+    """
+    source, slots = plan.misses[0], plan.misses[1]  # two buffers: XLA joins them only on paper
+    is_told = (source[0] >= -1) & (slots[0] >= -1) & (plan.miss_count[0] >= 0)
+    tail = jnp.where(is_told, plan.places.tail, NO_SLOT)
+    return dataclasses.replace(plan.places, tail=tail)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from sparda_jax.kv import overlap
-from sparda_jax.kv.overlap import CONCURRENT_COMMANDS, compiler_options, fetch_first
+from sparda_jax.kv.overlap import CONCURRENT_COMMANDS, compiler_options, fetch_first, hold_lists
+from sparda_jax.kv.plan import FetchPlan, Places
 
 
 def test_only_a_gpu_gets_compiler_options(monkeypatch):
@@ -24,6 +25,28 @@ def test_the_fetch_and_the_work_pass_one_barrier_unchanged():
     got = jax.jit(fetch_first)(x, slots)
     assert jnp.array_equal(got[0], x)
     assert jnp.array_equal(got[1], slots)
+
+
+def make_plan(misses, count):
+    tail = jnp.array([[3, 1], [-1, -1]])
+    places = Places(ids=jnp.arange(8).reshape(2, 2, 2), slots=jnp.zeros((2, 2, 2), int), tail=tail)
+    counts = jnp.zeros((3,), int)
+    return FetchPlan(
+        places=places, misses=jnp.array(misses), miss_count=jnp.array([count]), counts=counts
+    )
+
+
+@pytest.mark.parametrize("misses", [[[5, -1], [0, -1]], [[-1, -1], [-1, -1]]])
+def test_holding_the_lists_of_a_fetch_changes_no_place(misses):
+    plan = make_plan(misses, 1)
+    held = jax.jit(hold_lists)(plan)
+    for got, wanted in zip(jax.tree.leaves(held), jax.tree.leaves(plan.places), strict=True):
+        assert jnp.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("lists", [([[-2], [0]], 1), ([[0], [-2]], 1), ([[0], [0]], -1)])
+def test_the_tail_is_read_from_all_lists_of_the_fetch(lists):
+    assert (hold_lists(make_plan(*lists)).tail == -1).all()  # no plan has such lists
 
 
 @pytest.mark.gpu
