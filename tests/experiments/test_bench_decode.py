@@ -26,7 +26,7 @@ from experiments.decode_cells import (
     state_bytes,
     weight_bytes,
 )
-from experiments.decode_compile import abstract_step
+from experiments.decode_compile import Ahead, abstract_step
 from experiments.decode_drift import DriftSelector
 from experiments.decode_process import Wanted, drifts_of, measure_cell
 from experiments.decode_timing import Effort, FetchAlone, Runner, multiply_all, read_bytes
@@ -365,6 +365,15 @@ def test_what_is_compiled_ahead_is_what_a_cell_runs(method):
             runner.advance()
     bench.close()
     assert lowered == [ahead]
+
+
+def test_a_step_that_cannot_be_lowered_is_left_to_its_row(monkeypatch):
+    def refuse(setting, method):
+        raise NotImplementedError(method.name)
+
+    monkeypatch.setattr("experiments.decode_compile.abstract_step", refuse)
+    setting = make_setting(model_config("nosa_8b", is_tiny=True), context=64, batch=1, steps=1)
+    assert Ahead(setting, [METHODS["sparda_offload"]]).wait() == {}
 
 
 # --- rows and records -----------------------------------------------------------------------------
