@@ -247,14 +247,12 @@ class Bench:
             self.say(f"{method.name}: first step after {first['compile_s']} s")
             drifts = drifts_of(method, self._wanted.new_blocks)
             alone = FetchAlone(host, setting, max(drifts)) if host is not None else None
-            without = None
-            for new in drifts:
-                found = runner.measure(new, self._wanted.effort)
-                without = without or found
+            found = runner.measure(drifts, self._wanted.effort)
+            for new, steps in zip(drifts, found, strict=True):
                 row = first | {"new_blocks_per_step": new}
-                row |= self._numbers(method, setting, floor, found)
+                row |= self._numbers(method, setting, floor, steps)
                 if alone is not None:
-                    row |= self._fetch_numbers(found, without, alone.seconds(runner, new))
+                    row |= self._fetch_numbers(steps, found[0], alone.seconds(runner, new))
                 held = device_bytes(self.weights()[1], runner.decoder.state)
                 yield row | {"device_bytes": held, "status": "ok"}
         finally:
@@ -294,7 +292,10 @@ class Bench:
         }
 
     def _fetch_numbers(self, found: Steps, without: Steps, alone: float) -> Row:
-        """Say how much of the fetch is hidden: 1 − (t_with − t_without) / t_fetch_alone."""
+        """Say how much of the fetch is hidden: 1 − (t_with − t_without) / t_fetch_alone.
+
+        The difference is the median over the rounds of what the two took in the same round.
+        """
         least = float(np.median(without.seconds))
         numbers = {
             "fetch_ms": alone * 1e3,
@@ -303,7 +304,7 @@ class Bench:
         }
         if alone == 0.0:
             return numbers
-        more = float(np.median(found.seconds)) - least
+        more = float(np.median(np.subtract(found.seconds, without.seconds)))
         return numbers | {"hidden_share": 1.0 - more / alone}
 
     def _close_host(self) -> None:

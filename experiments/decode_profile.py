@@ -6,7 +6,8 @@
 
 The step runs without command buffers, so that the profiler sees every kernel: nothing overlaps, and
 what a fetch costs stands there in full. Idle is the time between the first kernel and the last in
-which none ran, dispatch included.
+which none ran, dispatch included. `python_ms` is what a call takes outside the runtime's own
+execution of the program: arguments, results, and everything that Python does for a step.
 """
 
 import collections
@@ -27,7 +28,10 @@ from experiments.decode_process import Bench, Wanted
 from experiments.decode_timing import Effort
 
 Event = tuple[str, float, float]
-"""A kernel: its name, and when it began and ended, in ns."""
+"""A kernel, or a span on the host: its name, and when it began and ended, in ns."""
+
+_CALL = "advance"
+_RUNTIME = "LoadedExecutable::Execute"
 
 _NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
@@ -84,22 +88,45 @@ def summarise(events: Iterable[Event], steps: int) -> dict[str, tuple[float, flo
     return per_step | {IDLE: (idle / steps * 1e-6, 0.0)}
 
 
-def read_events(folder: str | os.PathLike[str]) -> list[Event]:
-    """Read the kernels of a trace: what ran on the streams of GPUs.
+def read_events(folder: str | os.PathLike[str]) -> tuple[list[Event], list[Event]]:
+    """Read a trace.
 
     Args:
         folder: that `jax.profiler.trace` wrote to.
+
+    Returns:
+        The kernels that ran on the streams of GPUs, and the spans of the thread that called.
     """
     (path,) = pathlib.Path(folder).glob("**/*.xplane.pb")
-    data = jax.profiler.ProfileData.from_file(str(path))
-    return [
-        (event.name, event.start_ns, event.start_ns + event.duration_ns)
-        for plane in data.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if "Stream" in line.name
-        for event in line.events
-    ]
+    kernels: list[Event] = []
+    caller: list[Event] = []
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            events = [(e.name, e.start_ns, e.start_ns + e.duration_ns) for e in line.events]
+            if "GPU" in plane.name and "Stream" in line.name:
+                kernels += events
+            elif any(name == _CALL for name, *_ in events):
+                caller += events
+    return kernels, caller
+
+
+def python_time(events: Iterable[Event]) -> float | None:
+    """Give the ms that a call takes outside the runtime; `None` if no call or no runtime is seen.
+
+    Args:
+        events: of the thread that called, in any order.
+    """
+    calls, total = 0, 0.0
+    covered, has_runtime = 0.0, False
+    for name, begin, end in sorted(events, key=lambda event: (event[1], -event[2])):
+        if name == _CALL:
+            calls += 1
+            total += end - begin
+        elif _RUNTIME in name and calls:
+            has_runtime = True
+            total -= max(end - max(begin, covered), 0.0)
+            covered = max(covered, end)
+    return total / calls * 1e-6 if has_runtime else None
 
 
 def profile(bench: Bench, method: Method, config: Config, batch: int) -> list[dict[str, Any]]:
@@ -122,9 +149,10 @@ def profile(bench: Bench, method: Method, config: Config, batch: int) -> list[di
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 for _ in range(config.steps):
-                    runner.advance()
+                    with jax.profiler.TraceAnnotation(_CALL):
+                        runner.advance()
                 runner.wait()
-            events = read_events(folder)
+            events, caller = read_events(folder)
     finally:
         runner.decoder.close()
     total: dict[str, float] = collections.defaultdict(float)
@@ -135,6 +163,7 @@ def profile(bench: Bench, method: Method, config: Config, batch: int) -> list[di
     parts = summarise(events, config.steps)
     whole = sum(ms for ms, _ in parts.values())
     named = {"method": method.name, "context": setting.context, "batch": batch}
+    named |= {"python_ms": python_time(caller)}
     return [
         named
         | {"new_blocks_per_step": config.new_blocks, "category": what, "ms": ms, "kernels": count}
@@ -173,6 +202,7 @@ def main(config: Config) -> records.Record:
                 found = profile(bench, METHODS[name], config, cell.batch)
                 for row in found:
                     print(f"{row['category']:16} {row['ms']:8.3f} ms {row['share']:6.1%}")
+                print(f"{'Python side':16} {found[0]['python_ms'] or float('nan'):8.3f} ms a call")
                 rows += [{"model": cell.model} | row for row in found]
         finally:
             bench.close()

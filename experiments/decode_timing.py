@@ -9,6 +9,7 @@ program, the copy bandwidth of the device, and the gathers of a step alone.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,9 @@ class Effort:
     """How long a row is measured.
 
     Attributes:
-        warm_up: steps before the first timed one.
+        warm_up: steps before the first timed one of a sample.
         steps: steps of one sample.
-        repeats: samples; the median counts.
+        repeats: samples of a row; the median counts.
     """
 
     warm_up: int = 8
@@ -45,8 +46,8 @@ class Effort:
 
     @property
     def total(self) -> int:
-        """Count the tokens that a row feeds."""
-        return self.warm_up + self.repeats * (self.steps + 2) + _HOST_STEPS
+        """Count the tokens that a sample feeds."""
+        return self.warm_up + self.steps + 2 + _HOST_STEPS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,8 @@ class Steps:
     """What the steps of a row took.
 
     Attributes:
-        seconds: of a step among many, one number a sample.
+        seconds: of a step among many, one number a sample; those of rows that were measured
+            together are of the same rounds.
         each: of single steps, by when their tokens came to the host, one step late.
         host_seconds: what Python needs for a call while the device is idle.
         fetched: blocks that a step fetched, mean over the timed steps.
@@ -128,26 +130,36 @@ class Runner:
         self.wait()
         return time.perf_counter() - begun
 
-    def measure(self, new_blocks: int, effort: Effort) -> Steps:
-        """Time steps with a drift, from the first position on.
+    def measure(self, drifts: Sequence[int], effort: Effort) -> list[Steps]:
+        """Time steps with every drift, each sample from the first position on.
+
+        A round takes one sample of each drift, so that a machine that is slow for some seconds
+        spoils a round and not a drift.
 
         Args:
-            new_blocks: per step.
-            effort: how many steps.
+            drifts: new blocks per step.
+            effort: how many steps and rounds.
         """
-        self.restart(new_blocks)
-        for _ in range(effort.warm_up):
-            self.advance()
-        self.wait()
-        counts: list[np.ndarray] = []
-        samples = [self._time_each(effort.steps, counts) for _ in range(effort.repeats)]
-        fetched = np.stack(counts)[:, :, 1].astype(np.int64).sum(axis=1)
-        return Steps(
-            seconds=tuple(float(np.mean(sample)) for sample in samples),
-            each=tuple(np.concatenate(samples).tolist()),
-            host_seconds=self._time_calls(),
-            fetched=float(fetched.mean()),
-        )
+        seconds: list[list[list[float]]] = [[] for _ in drifts]
+        counts: list[list[np.ndarray]] = [[] for _ in drifts]
+        calls: list[list[float]] = [[] for _ in drifts]
+        for _ in range(effort.repeats):
+            for row, new_blocks in enumerate(drifts):
+                self.restart(new_blocks)
+                for _ in range(effort.warm_up):
+                    self.advance()
+                self.wait()
+                seconds[row].append(self._time_each(effort.steps, counts[row]))
+                calls[row].append(self._time_calls())
+        return [
+            Steps(
+                seconds=tuple(float(np.mean(sample)) for sample in samples),
+                each=tuple(np.concatenate(samples).tolist()),
+                host_seconds=float(np.median(called)),
+                fetched=float(np.stack(found)[:, :, 1].astype(np.int64).sum(axis=1).mean()),
+            )
+            for samples, called, found in zip(seconds, calls, counts, strict=True)
+        ]
 
     def _time_each(self, steps: int, counts: list[np.ndarray]) -> list[float]:
         """Take the times between the arrivals of tokens, each read while the next step runs.

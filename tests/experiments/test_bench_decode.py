@@ -29,7 +29,14 @@ from experiments.decode_cells import (
 from experiments.decode_compile import Ahead, abstract_step
 from experiments.decode_drift import DriftSelector
 from experiments.decode_process import Wanted, drifts_of, measure_cell
-from experiments.decode_timing import Effort, FetchAlone, Runner, multiply_all, read_bytes
+from experiments.decode_timing import (
+    Effort,
+    FetchAlone,
+    Runner,
+    Steps,
+    multiply_all,
+    read_bytes,
+)
 from experiments.decode_trace import SLOTS, replay, trace_rows
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV
@@ -224,11 +231,23 @@ def test_the_matmuls_are_those_of_the_model():
 
 def test_a_row_is_timed_and_its_fetches_are_counted(running):
     runner, setting, _ = running("minicpm4_1_8b", "sparda_offload")
-    found = runner.measure(5, EFFORT)
     lanes = setting.config.layers * setting.batch * setting.config.kv_heads
-    assert found.fetched == 5 * lanes
-    assert (len(found.seconds), len(found.each)) == (2, 2 * EFFORT.steps)
-    assert min(*found.seconds, *found.each, found.host_seconds) > 0.0
+    for new, found in zip((5, 0, 3), runner.measure((5, 0, 3), EFFORT), strict=True):
+        assert found.fetched == new * lanes
+        assert (len(found.seconds), len(found.each)) == (2, 2 * EFFORT.steps)
+        assert min(*found.seconds, *found.each, found.host_seconds) > 0.0
+
+
+def test_the_hidden_share_compares_within_a_round():
+    cell = Cell(model="minicpm4_1_8b", context=768, batch=2, methods=())
+    bench = decode_process.Bench(cell, Wanted(is_tiny=True))
+    each = {"each": (1.0,), "host_seconds": 1.0, "fetched": 1.0}
+    without = Steps(seconds=(1.0, 5.0, 2.0), **each)
+    found = Steps(seconds=(1.5, 9.0, 2.5), **each)  # the second round was slow
+    try:
+        assert bench._fetch_numbers(found, without, 2.0)["hidden_share"] == 0.75
+    finally:
+        bench.close()
 
 
 def test_the_fetch_alone_leaves_the_decoder_able_to_go_on(running):
@@ -298,6 +317,20 @@ def test_a_profile_adds_up_to_the_time_from_first_to_last():
     assert found["fetch"] == (1.0, 0.5)
     assert found["other"] == (0.5, 0.5)
     assert found["idle"] == (1.0, 0.0)
+
+
+def test_the_python_side_of_a_call_is_what_the_runtime_does_not_take():
+    run = "CommonPjRtLoadedExecutable::Execute"
+    events = [
+        ("advance", 0.0, 100e6),
+        ("PjitFunction(step)", 10e6, 90e6),
+        (run + "Helper", 20e6, 80e6),
+        (run + "Prepare", 20e6, 30e6),  # within the one above
+        ("advance", 100e6, 140e6),
+        (run + "Helper", 105e6, 125e6),
+    ]
+    assert decode_profile.python_time(events[::-1]) == (40 + 20) / 2
+    assert decode_profile.python_time(events[:2]) is None
 
 
 @pytest.mark.slow
