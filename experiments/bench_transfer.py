@@ -263,14 +263,18 @@ def make_step(config: Config, *, has_compute: bool, tiles: Tiles | None) -> Call
         count: Int32[Array, " 1"],
     ) -> tuple[Array, list[Array]]:
         slots = list(slots)
+        held = jnp.zeros((), jnp.int32)
         for layer in range(config.layers):
             after = (layer + 1) % config.layers
+            told = held >= -1  # always; see `kv.overlap.hold_lists`
             if tiles is not None:
                 source, places = lists[after]
                 chosen = jnp.where(x[0, 0] > 1e9, 0, source)
+                held = chosen[0]
                 filled = gather_blocks(view, chosen, places, count, slots[after], tiles=tiles)
                 x, slots[after] = fetch_first(x, filled)
-            read = (slots[layer][0, 0, 0, 0] > 1e4).astype(DTYPE)  # never: records hold ones
+            is_read = (slots[layer][0, 0, 0, 0] > 1e4) | ~told  # never: records hold ones
+            read = is_read.astype(DTYPE)
             if has_compute:
                 w = weights[layer]
                 attended = (normed(x) @ w["qkv"])[:, : config.width] + read

@@ -25,7 +25,7 @@ from experiments import records
 from experiments.decode_categories import CATEGORIES, IDLE, category_of
 from experiments.decode_cells import METHODS, Method, parse_cell
 from experiments.decode_process import Bench, Wanted
-from experiments.decode_timing import Effort
+from experiments.decode_timing import Effort, Runner
 
 Event = tuple[str, float, float]
 """A kernel, or a span on the host: its name, and when it began and ended, in ns."""
@@ -110,6 +110,14 @@ def read_events(folder: str | os.PathLike[str]) -> tuple[list[Event], list[Event
     return kernels, caller
 
 
+def largest(events: Iterable[Event], steps: int, count: int) -> list[tuple[str, float]]:
+    """List the names that took longest, and their µs a step, nested ones counted each."""
+    total: dict[str, float] = collections.defaultdict(float)
+    for name, begin, end in events:
+        total[name] += (end - begin) / steps * 1e-3
+    return sorted(total.items(), key=lambda item: -item[1])[:count]
+
+
 def python_time(events: Iterable[Event]) -> float | None:
     """Give the ms that a call takes outside the runtime; `None` if no call or no runtime is seen.
 
@@ -129,6 +137,25 @@ def python_time(events: Iterable[Event]) -> float | None:
     return total / calls * 1e-6 if has_runtime else None
 
 
+def trace_steps(runner: Runner, steps: int, *, has_waits: bool) -> tuple[list[Event], list[Event]]:
+    """Trace steps; give what `read_events` finds.
+
+    Args:
+        runner: warm.
+        steps: how many.
+        has_waits: whether each step is over before the next call, so that no call waits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                with jax.profiler.TraceAnnotation(_CALL):
+                    runner.advance()
+                if has_waits:
+                    runner.wait()
+            runner.wait()
+        return read_events(folder)
+
+
 def profile(bench: Bench, method: Method, config: Config, batch: int) -> list[dict[str, Any]]:
     """Profile one method in a cell into a row per category.
 
@@ -146,20 +173,14 @@ def profile(bench: Bench, method: Method, config: Config, batch: int) -> list[di
         for _ in range(8):
             runner.advance()
         runner.wait()
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(config.steps):
-                    with jax.profiler.TraceAnnotation(_CALL):
-                        runner.advance()
-                runner.wait()
-            events, caller = read_events(folder)
+        events, _ = trace_steps(runner, config.steps, has_waits=False)
+        _, caller = trace_steps(runner, config.steps, has_waits=True)
     finally:
         runner.decoder.close()
-    total: dict[str, float] = collections.defaultdict(float)
-    for name, begin, end in events:
-        total[name] += (end - begin) / config.steps * 1e-3
-    for name, us in sorted(total.items(), key=lambda item: -item[1])[:25]:
+    for name, us in largest(events, config.steps, 25):
         print(f"  {us:9.1f} us a step  {category_of(name):16}  {name[:90]}")
+    for name, us in largest(caller, config.steps, 12):
+        print(f"  {us:9.1f} us a call  {'(host)':16}  {name[:90]}")
     parts = summarise(events, config.steps)
     whole = sum(ms for ms, _ in parts.values())
     named = {"method": method.name, "context": setting.context, "batch": batch}
