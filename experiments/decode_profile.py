@@ -145,8 +145,10 @@ def trace_steps(runner: Runner, steps: int, *, has_waits: bool) -> tuple[list[Ev
         steps: how many.
         has_waits: whether each step is over before the next call, so that no call waits.
     """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow down what is measured
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(steps):
                 with jax.profiler.TraceAnnotation(_CALL):
                     runner.advance()

@@ -44,6 +44,16 @@ class Layout:
     tree: jax.tree_util.PyTreeDef
     parts: tuple[int, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash once: of 32 layers it takes milliseconds, and every step looks its program up."""
+        found = hash((self.graph, self.tree, self.parts, self.shapes))
+        object.__setattr__(self, "_hash", found)
+
+    def __hash__(self) -> int:
+        """Give the hash, equal for equal layouts."""
+        return self._hash
 
     def merge(self, parts: Mapping[int, list[Float[Array, "..."]]]) -> SpardaLM:
         """Put a model together again; parts that are left out stay abstract and must not be read.

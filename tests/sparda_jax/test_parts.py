@@ -29,6 +29,13 @@ def test_models_of_one_configuration_share_a_layout_and_its_hash():
     assert first != cut(tiny_model(0, layers=2))[0]
 
 
+def test_a_layout_is_hashed_once_however_often_a_program_is_looked_up(monkeypatch):
+    layout, _ = cut(tiny_model())
+    expected = hash(layout)
+    monkeypatch.setattr(type(layout.graph), "__hash__", lambda graph: pytest.fail("hashed again"))
+    assert hash(layout) == expected
+
+
 def test_every_weight_has_one_part():
     model = tiny_model(tie_embeddings=True)
     _, parts = cut(model)
