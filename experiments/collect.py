@@ -25,10 +25,13 @@ SHOWN = {
         *("model", "method", "context", "batch", "slots", "kv_dtype", "selections"),
         "new_blocks_per_step",
         *("misses", "tokens_per_s", "ms_per_step", "p99_ms", "host_ms", "h2d_gb_per_s"),
-        *("hidden_share", "floor_ms", "floor_ratio", "device_gib", "status", "commit"),
+        *("hidden_share", "floor_ms", "floor_ratio", "device_gib", "status"),
     ),
 }
 """The columns of experiments whose rows hold more than a table can show; others show all."""
+
+CELL = {"bench_decode": ("model", "device_gib", "context", "batch")}
+"""By what the rows of a record that grew over several runs are ordered."""
 
 BACKENDS = ("mosaic_gpu", "triton")
 """The files of an op folder that hold a kernel."""
@@ -85,7 +88,8 @@ def table(record: records.Record) -> str:
     """Lay out a record: where its numbers come from, then one row per cell.
 
     A column stands where its name first appears, or as `SHOWN` says. A cell that a row lacks is
-    empty. The kernels have a table of their own, see `kernel_tables`.
+    empty. A row of another run than the head names its commit; the rest of what it states of that
+    run stays in the record. The kernels have a table of their own, see `kernel_tables`.
 
     Args:
         record: what `records.read` gave.
@@ -101,6 +105,13 @@ def table(record: records.Record) -> str:
     columns = list(dict.fromkeys(name for row in record.rows for name in row))
     if record.experiment in SHOWN:
         columns = [name for name in SHOWN[record.experiment] if name in columns]
+    columns = [name for name in columns if name not in records.PER_RUN]
+    rows = record.rows
+    if any("commit" in row for row in rows):
+        columns.append("commit")
+        rows = [row | {"commit": row.get("commit", record.commit)[:8]} for row in rows]
+    cell = CELL.get(record.experiment, ())
+    rows = sorted(rows, key=lambda row: [(row[x] is not None, row[x]) for x in cell])
     devices = f"{record.devices} × {record.device}" if record.devices > 1 else record.device
     versions = ", ".join(f"{name} {record.versions[name]}" for name in ("jax", "sparda_jax"))
     lines = [
@@ -112,7 +123,7 @@ def table(record: records.Record) -> str:
         "",
         _line(columns),
         _line(["---"] * len(columns)),
-        *(_line([_cell(row.get(name, "")) for name in columns]) for row in record.rows),
+        *(_line([_cell(row.get(name, "")) for name in columns]) for row in rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -238,6 +238,21 @@ def test_a_table_has_a_column_for_every_name_and_an_empty_cell_for_a_missing_one
     ]
 
 
+def test_rows_of_several_runs_name_their_commits_and_stand_by_cell():
+    row = {"model": "m", "method": "a", "batch": 4, "context": 64, "device_gib": None}
+    runs = [
+        record(experiment="bench_decode", commit=digit * 40, rows=[row | {"batch": batch}])
+        for digit, batch in (("a", 16), ("b", 4))
+    ]
+    text = collect.table(records.append(*runs))
+    assert text.splitlines()[-4:] == [
+        "| model | method | context | batch | device_gib | commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| m | a | 64 | 4 |  | bbbbbbbb |",
+        "| m | a | 64 | 16 |  | aaaaaaaa |",
+    ]
+
+
 def test_main_puts_the_tables_between_the_markers_and_again_changes_nothing(tmp_path, capsys):
     records.write(record(), tmp_path)
     readme = tmp_path / "README.md"
