@@ -7,6 +7,7 @@ call. `cut` flattens once; `Layout` is the static rest, and compiled programs ar
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -99,7 +100,13 @@ def cut(model: SpardaLM) -> tuple[Layout, Parts]:
     for part, (_, leaf) in zip(owners, flat, strict=True):
         parts[part].append(leaf)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in flat)
-    return Layout(graph=graph, tree=tree, parts=owners, shapes=shapes), parts
+    return _intern(Layout(graph=graph, tree=tree, parts=owners, shapes=shapes)), parts
+
+
+@functools.lru_cache(maxsize=32)
+def _intern(layout: Layout) -> Layout:
+    """Give the first layout that was equal: to be found equal again takes as long as to hash."""
+    return layout
 
 
 def pick(parts: Parts, wanted: Iterable[int]) -> Parts:

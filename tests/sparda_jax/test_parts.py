@@ -22,10 +22,9 @@ def test_a_model_put_together_again_is_the_same():
     np.testing.assert_array_equal(forward(merged, TOKENS), forward(model, TOKENS))
 
 
-def test_models_of_one_configuration_share_a_layout_and_its_hash():
+def test_models_of_one_configuration_share_a_layout():
     first, second = cut(tiny_model(0))[0], cut(tiny_model(1))[0]
-    assert first == second
-    assert hash(first) == hash(second)
+    assert first is second  # what looks a program up compares no further
     assert first != cut(tiny_model(0, layers=2))[0]
 
 
