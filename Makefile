@@ -12,7 +12,7 @@ demo: $(VENV)/with-$(EXTRAS)  ## train a tiny Forecast, decode with it, show wha
 	$(BIN)/python -m experiments.demo
 
 test: lint  ## lint, types, CPU tests, doctests, notebooks
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 lint: $(VENV)/with-dev  ## ruff and pyrefly only
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test stands on: checked shapes, strict promotion, keys, a clean slate."""
 
+import collections
 import gc
 import importlib.util
 import os
@@ -44,6 +45,12 @@ def pytest_configure(config):
     else:
         os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS")
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files of the longest tests: `--dist loadfile` deals out whole files."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 collect_ignore_glob = ["golden/make_*.py"]  # they need torch, and are run by hand
