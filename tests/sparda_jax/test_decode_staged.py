@@ -34,7 +34,8 @@ NOSA = {
     "token_importance": True,
     "sparse": dataclasses.replace(SPARSE, query_blocks=2, selected_blocks=6),
 }
-LATE = {"sparse": dataclasses.replace(SPARSE, local_blocks=0, selected_blocks=4)}
+LATE = {"layers": 2, "sparse": dataclasses.replace(SPARSE, local_blocks=0, selected_blocks=4)}
+PLAIN = {"layers": 2}
 
 
 WAYS = (("resident", None), ("offload", "device_put"), ("offload", "in_graph"))
@@ -42,7 +43,7 @@ WAYS = (("resident", None), ("offload", "device_put"), ("offload", "in_graph"))
 
 @functools.cache
 def model_of(name):
-    model = tiny_model(**{"minicpm": MINICPM, "nosa": NOSA, "late": LATE, "plain": {}}[name])
+    model = tiny_model(**{"minicpm": MINICPM, "nosa": NOSA, "late": LATE, "plain": PLAIN}[name])
     for layer in model.layers:
         if layer.attention.importance_scale is not None:
             layer.attention.importance_scale[...] = jnp.array([0.9, -0.7])
@@ -103,7 +104,7 @@ def test_layers_that_choose_for_themselves_give_the_resident_tokens(name, mode):
 
 @pytest.mark.slow
 def test_bfloat16_is_bit_equal_too():
-    model = tiny_model(dtype="bfloat16")
+    model = tiny_model(layers=2, dtype="bfloat16")
     logits = []
     for kv, fetch in WAYS:
         with Session(model, prompts(), max_new_tokens=20, kv=kv, fetch=fetch) as session:
