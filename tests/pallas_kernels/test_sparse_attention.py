@@ -3,6 +3,7 @@
 """Attention over chosen blocks: reference against loops, kernels against it, lowering, errors."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -153,12 +154,12 @@ def in_float32(operands):
     return (*(x.astype(jnp.float32) for x in (q, k, v)), *rest)
 
 
-def refer(case, operands):
-    def call(*operands, bias):
-        return definition.sparse_attention(*operands, **case.rule, key_bias=bias)
+compiled_reference = jax.jit(definition.sparse_attention, static_argnames=("block_size", "scale"))
 
+
+def refer(case, operands):
     *operands, bias = operands
-    return jax.jit(call)(*operands, bias=bias)
+    return compiled_reference(*operands, **case.rule, key_bias=bias)
 
 
 def assert_right(got, case, operands):
@@ -212,8 +213,10 @@ def test_the_reference_is_what_the_library_attends_to(case):
     block = np.arange(case.M)
     ids = np.sort(np.where(bits, block, case.M), axis=-1)
     ids = jnp.asarray(np.where(ids < case.M, ids, -1), jnp.int32)
-    want = attention.attend_chosen(q, k, v, ids, positions, bias, block_size=case.W)
-    got = sparse_attention(q, k, v, words, positions, key_bias=bias, block_size=case.W)
+    attend = jax.jit(functools.partial(attention.attend_chosen, block_size=case.W))
+    want = attend(q, k, v, ids, positions, bias)
+    call = jax.jit(functools.partial(sparse_attention, block_size=case.W))
+    got = call(q, k, v, words, positions, key_bias=bias)
     assert_close_float32(got, want)
 
 
@@ -223,8 +226,9 @@ def test_the_reference_is_what_the_library_attends_to_under_a_mask():
     positions = jnp.tile(jnp.arange(70, dtype=jnp.int32)[None], (2, 1)).at[1, 60:].set(-1)
     bits = np.asarray(words)[..., None] >> np.arange(32, dtype=np.uint32) & 1
     bits = jnp.asarray(bits.reshape(*bits.shape[:3], -1)[..., : case.M] == 1)
-    want = attention.attend_masked(q, k, v, bits, positions, block_size=case.W, tile_q=32)
-    got = sparse_attention(q, k, v, words, positions, block_size=case.W)
+    attend = functools.partial(attention.attend_masked, block_size=case.W, tile_q=32)
+    want = jax.jit(attend)(q, k, v, bits, positions)
+    got = jax.jit(functools.partial(sparse_attention, block_size=case.W))(q, k, v, words, positions)
     assert_close_float32(got, want)
 
 
