@@ -104,7 +104,7 @@ def test_layers_that_choose_for_themselves_give_the_resident_tokens(name, mode):
 
 @pytest.mark.slow
 def test_bfloat16_is_bit_equal_too():
-    model = tiny_model(layers=2, dtype="bfloat16")
+    model = tiny_model(dtype="bfloat16")
     logits = []
     for kv, fetch in WAYS:
         with Session(model, prompts(), max_new_tokens=20, kv=kv, fetch=fetch) as session:
