@@ -111,7 +111,7 @@ def table(record: records.Record) -> str:
         columns.append("commit")
         rows = [row | {"commit": row.get("commit", record.commit)[:8]} for row in rows]
     cell = CELL.get(record.experiment, ())
-    rows = sorted(rows, key=lambda row: [(row[x] is not None, row[x]) for x in cell])
+    rows = sorted(rows, key=lambda row: [(row.get(x) is not None, row.get(x)) for x in cell])
     devices = f"{record.devices} × {record.device}" if record.devices > 1 else record.device
     versions = ", ".join(f"{name} {record.versions[name]}" for name in ("jax", "sparda_jax"))
     lines = [
