@@ -37,6 +37,8 @@ class Config:
         new_tokens: tokens generated at each length.
         dtype: of the backbone.
         commit: hash of the commit that runs; None asks git.
+        dirty: whether the tree differs from it; None asks git.
+        date: of the run; None asks the clock.
         out: folder for the record.
     """
 
@@ -45,6 +47,8 @@ class Config:
     new_tokens: int = 16
     dtype: Literal["float32", "bfloat16"] = "float32"
     commit: str | None = None
+    dirty: bool | None = None
+    date: str | None = None
     out: Path = records.RESULTS
 
 
@@ -82,7 +86,11 @@ def main(config: Config) -> Path:
 
     Returns:
         The record's path.
+
+    Raises:
+        ValueError: the tree differs from the commit.
     """
+    head = records.head_of("bench_scaling", config, ("lengths", "repeats", "new_tokens", "dtype"))
     model = load_shipped(config.dtype)
     text = np.frombuffer(b"".join(text.data for text in heldout_texts()), np.uint8)
     rows: list[dict[str, Any]] = []
@@ -93,12 +101,7 @@ def main(config: Config) -> Path:
         row |= {f"device_{part}_bytes": size for part, size in result.device_kv_bytes.items()}
         rows.append(row | {"full_kv_bytes": result.full_kv_bytes})
         print(rows[-1], flush=True)
-    settings: dict[str, Any] = {**dataclasses.asdict(config)}
-    del settings["commit"], settings["out"]
-    settings["lengths"] = list(config.lengths)
-    command = "python -m experiments.bench_scaling"
-    record = records.collect("bench_scaling", command, settings, rows, commit=config.commit)
-    return records.write(record, config.out)
+    return records.write(dataclasses.replace(head, rows=rows), config.out)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class Config:
         layers: of the 32 that the real model has.
         shard_bytes: largest size of a file.
         keep: leave the checkpoint there afterwards.
-        commit: hash for the record where git cannot tell it.
+        commit: hash of the commit that runs; None asks git.
+        dirty: whether the tree differs from it; None asks git.
+        date: of the run; None asks the clock.
         out: folder of the record.
     """
 
@@ -59,6 +61,8 @@ class Config:
     shard_bytes: int = 4_000_000_000
     keep: bool = False
     commit: str | None = None
+    dirty: bool | None = None
+    date: str | None = None
     out: pathlib.Path = records.RESULTS
 
 
@@ -210,17 +214,15 @@ def main(config: Config, model_config: ModelConfig | None = None) -> pathlib.Pat
 
     Returns:
         the record's path.
+
+    Raises:
+        ValueError: the tree differs from the commit, or the folder exists.
     """
+    head = records.head_of("load_8b", config, ("shard_bytes",), unnamed=("keep",))
     row = run(config, model_config or ModelConfig.minicpm4_1_8b())
     print(json.dumps(row, indent=2))
-    record = records.collect(
-        "load_8b",
-        f"python -m experiments.load_8b --folder runs/load_8b --layers {config.layers}",
-        {"model": "minicpm4_1_8b", "dtype": "bfloat16", "shard_bytes": config.shard_bytes},
-        [row],
-        commit=config.commit,
-        devices=1,
-    )
+    shared = {"model": "minicpm4_1_8b", "dtype": "bfloat16"} | head.config
+    record = dataclasses.replace(head, config=shared, rows=[row])
     path = records.path_of(record, config.out)
     if path.is_file():
         record = records.append(records.read(path), record, replace_by=["layers"])

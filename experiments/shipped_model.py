@@ -42,6 +42,22 @@ from sparda_jax.training.state import OptimizerConfig, heads_from, put_heads
 DEPTHS = 4
 """Into how many parts a document is cut when needles are counted by depth."""
 
+SETTINGS = (
+    "dtype",
+    "context",
+    "batch",
+    "documents",
+    "prompts",
+    "questions",
+    "recall_documents",
+    "fresh_steps",
+    "fresh_batch",
+    "fresh_tokens",
+    "new_tokens",
+    "seed",
+)
+"""The fields of `Config` that a record repeats."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -64,6 +80,8 @@ class Config:
         new_tokens: tokens generated to compare offloaded with resident KV; 0 leaves that out.
         seed: of needles, fresh heads and the order of training text.
         commit: hash of the commit that runs; None asks git.
+        dirty: whether the tree differs from it; None asks git.
+        date: of the run; None asks the clock.
         out: folder for the record.
     """
 
@@ -82,6 +100,8 @@ class Config:
     new_tokens: int = 128
     seed: int = 0
     commit: str | None = None
+    dirty: bool | None = None
+    date: str | None = None
     out: Path = records.RESULTS
 
     def __post_init__(self) -> None:
@@ -396,39 +416,23 @@ def _in_float32(model: SpardaLM) -> SpardaLM:
     return nnx.merge(nnx.graphdef(wide), state)
 
 
-def _command(config: Config, settings: Mapping[str, Any]) -> str:
-    """Spell the command line that has these settings, leaving out defaults."""
-    words = ["python -m experiments.shipped_model"]
-    words += ["--corpus runs/corpus"] if config.corpus is not None else []
-    for field in dataclasses.fields(Config):
-        if field.name in settings and settings[field.name] != field.default:
-            words.append(f"--{field.name.replace('_', '-')} {settings[field.name]}")
-    return " ".join(words)
-
-
 def main(config: Config) -> Path:
     """Measure the shipped model and write the record.
 
     Returns:
         the record's path.
+
+    Raises:
+        ValueError: the tree differs from the commit.
     """
     begin = time.perf_counter()
+    head = records.head_of("shipped_model", config, SETTINGS)
     model = load_shipped(config.dtype, folder=config.weights)
     heldout, training = read_documents(config)
     with progress() as tell:
         report = measure(model, config, heldout=heldout, training=training, tell=tell)
     report["seconds"]["all"] = time.perf_counter() - begin
-    settings: dict[str, Any] = {**dataclasses.asdict(config)}
-    del settings["commit"], settings["out"], settings["weights"], settings["corpus"]
-    record = records.collect(
-        "shipped_model",
-        _command(config, settings),
-        settings,
-        [report],
-        commit=config.commit,
-        devices=1,
-    )
-    return records.write(record, config.out)
+    return records.write(dataclasses.replace(head, rows=[report]), config.out)
 
 
 if __name__ == "__main__":

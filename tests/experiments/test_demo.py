@@ -170,6 +170,13 @@ def test_an_evaluation_of_nothing_is_refused():
         shipped_model.Config(documents=8)
 
 
+def test_a_tree_with_changes_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(shipped_model, "load_shipped", lambda *args, **named: pytest.fail("read"))
+    config = shipped_model.Config(commit="0123abcd", dirty=True)
+    with pytest.raises(ValueError, match="the tree differs from commit 0123abcd"):
+        shipped_model.main(config)
+
+
 def test_too_few_documents_are_refused(tmp_path, monkeypatch):
     from experiments import corpus
 

@@ -83,17 +83,15 @@ def test_a_full_disk_is_told_with_both_numbers_and_leaves_nothing(tmp_path, monk
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="exists and would be removed"):
-        main(Config(folder=tmp_path), TINY)
+        main(Config(folder=tmp_path, commit="0123abcd", dirty=False), TINY)
     assert tmp_path.is_dir()
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_record_and_no_checkpoint(tmp_path, monkeypatch, capsys):
-    collect = records.collect
-    monkeypatch.setattr(
-        records, "collect", lambda *args, **named: collect(*args, **{**named, "dirty": False})
+def test_a_run_leaves_a_record_and_no_checkpoint(tmp_path, capsys):
+    config = Config(
+        folder=tmp_path / "m", layers=1, commit="0123abcd", dirty=False, out=tmp_path / "out"
     )
-    config = Config(folder=tmp_path / "m", layers=1, out=tmp_path / "out", commit="0123abcd")
     path = main(config, TINY)
     assert not (tmp_path / "m").exists()
     record = records.read(path)
