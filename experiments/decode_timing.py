@@ -304,7 +304,11 @@ class FetchAlone:
         ]
 
         def run(
-            slots: list[Array], records: list[Array], lists: list[tuple[Array, Array]], count: Array
+            slots: list[Array],
+            scales: list[Array | None],
+            records: list[Array],
+            lists: list[tuple[Array, Array]],
+            count: Array,
         ) -> list[Array]:
             return [
                 gather_blocks(
@@ -313,8 +317,11 @@ class FetchAlone:
                     places,
                     count,
                     into.reshape(-1, *into.shape[3:]),
+                    scales=None if scale is None else scale.reshape(-1, 2),
                 ).reshape(into.shape)
-                for into, held, (source, places) in zip(slots, records, lists, strict=True)
+                for into, scale, held, (source, places) in zip(
+                    slots, scales, records, lists, strict=True
+                )
             ]
 
         self._program = jax.jit(run, donate_argnums=0)
@@ -331,23 +338,20 @@ class FetchAlone:
         count = jnp.array([new_blocks * self._lanes], jnp.int32)
         decoder = runner.decoder
         slots = [kv.slots for kv in decoder.state.layers]
-        is_packed = self._records[0].dtype != slots[0].dtype
-        if is_packed:  # they arrive beside the slots
-            slots = [jnp.zeros(each.shape, self._records[0].dtype) for each in slots]
+        scales = [kv.scales for kv in decoder.state.layers]
 
         def run() -> Array:
-            slots[:] = self._program(slots, self._records, self._lists, count)
+            slots[:] = self._program(slots, scales, self._records, self._lists, count)
             return slots[-1]
 
         try:
             return seconds_each(run, runs=8)
         finally:
-            if not is_packed:
-                layers = [
-                    dataclasses.replace(kv, slots=filled)
-                    for kv, filled in zip(decoder.state.layers, slots, strict=True)
-                ]
-                decoder.state = dataclasses.replace(decoder.state, layers=layers)
+            layers = [
+                dataclasses.replace(kv, slots=filled)
+                for kv, filled in zip(decoder.state.layers, slots, strict=True)
+            ]
+            decoder.state = dataclasses.replace(decoder.state, layers=layers)
 
 
 def copy_rate_from_host(host: HostKV) -> float:

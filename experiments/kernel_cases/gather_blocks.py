@@ -29,6 +29,7 @@ class Shape:
         block_size: W.
         head_dim: H.
         dtype: of K and V.
+        host_dtype: of the numbers in host memory, which have scales then; `None` is `dtype`.
     """
 
     moved: int
@@ -36,12 +37,20 @@ class Shape:
     block_size: int = 64
     head_dim: int = 128
     dtype: str = "bfloat16"
+    host_dtype: str | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Count the bytes of one number in host memory."""
+        return jnp.dtype(self.host_dtype or self.dtype).itemsize
 
     @property
     def name(self) -> str:
         """Say it in words."""
-        size = record_bytes(self.block_size, self.head_dim, jnp.dtype(self.dtype).itemsize)
-        return f"{self.moved} records of {size // 1024} KiB ({self.moved * size / 2**20:g} MiB)"
+        size = record_bytes(self.block_size, self.head_dim, self.itemsize)
+        packed = "" if self.host_dtype is None else f" of {self.host_dtype}"
+        moved = f"{self.moved * size / 2**20:g} MiB"
+        return f"{self.moved} records of {size // 1024} KiB{packed} ({moved})"
 
     @property
     def slots(self) -> int:
@@ -63,8 +72,8 @@ class Shape:
             shape=self.name,
             implementation=implementation + variant,
             operands=functools.partial(_operands, shape=self),
-            call=functools.partial(gather_blocks, implementation=kind, tiles=tiles),
-            work=work(self.moved, self.block_size, self.head_dim, jnp.dtype(self.dtype).itemsize),
+            call=functools.partial(_call, implementation=kind, tiles=tiles),
+            work=work(self.moved, self.block_size, self.head_dim, self.itemsize),
             check=_check,
             in_place=(4,),
         )
@@ -90,12 +99,25 @@ def host_records(count: int, record: tuple[int, ...], dtype: str) -> Num[Array, 
     return buffer.device_view(shape, kind).array
 
 
+def _call(
+    records: Array,
+    source: Array,
+    places: Array,
+    count: Array,
+    slots: Array,
+    scales: Array | None = None,
+    **named: Any,
+) -> Array:
+    return gather_blocks(records, source, places, count, slots, scales=scales, **named)
+
+
 def _operands(seed: int, *, shape: Shape) -> tuple[Array, ...]:
     rng = np.random.default_rng(seed)
+    dtype = shape.host_dtype or shape.dtype
     if jax.default_backend() == "gpu":
-        records = host_records(shape.records, shape.record, shape.dtype)
+        records = host_records(shape.records, shape.record, dtype)
     else:  # nothing crosses a link here; zeros make no work where only shapes are asked for
-        records = jnp.zeros((shape.records, *shape.record), shape.dtype)
+        records = jnp.zeros((shape.records, *shape.record), dtype)
     source = rng.choice(shape.records, shape.moved, replace=False).astype(np.int32)
     places = rng.choice(shape.slots, shape.moved, replace=False).astype(np.int32)
     return (
@@ -104,12 +126,17 @@ def _operands(seed: int, *, shape: Shape) -> tuple[Array, ...]:
         jnp.asarray(places),
         jnp.array([shape.moved], jnp.int32),
         jnp.ones((shape.slots, *shape.record), shape.dtype),
+        *(() if shape.host_dtype is None else (jnp.asarray(_scales(rng, shape.records)),)),
     )
+
+
+def _scales(rng: np.random.Generator, records: int) -> np.ndarray:
+    return rng.uniform(0.01, 0.1, (records, 2)).astype(np.float32)
 
 
 def _check(output: Array, operands: tuple[Array, ...]) -> None:
     """Hold the slots to the reference, bit by bit."""
-    want = jax.jit(functools.partial(gather_blocks, implementation="reference"))(*operands)
+    want = jax.jit(functools.partial(_call, implementation="reference"))(*operands)
     assert bool(jnp.array_equal(output, want)), "slots differ from those of the reference"
 
 
@@ -121,7 +148,8 @@ def cases(*, tiny: bool = False) -> list[Case]:
     """
     if tiny:
         small = Shape(moved=5, records=20, block_size=8, head_dim=16, dtype="float32")
-        return [small.case("reference")]
+        packed = dataclasses.replace(small, host_dtype="int8")
+        return [small.case("reference"), packed.case("reference")]
     found = []
     for moved in (128, 512, 32):
         shape = Shape(moved=moved)
@@ -133,4 +161,14 @@ def cases(*, tiny: bool = False) -> list[Case]:
                 shape.case("mosaic_gpu", Tiles(ctas=ctas, in_flight=ring, parts=parts))
                 for ctas, ring, parts in spreads
             ]
+    for moved in (128, 512):
+        packed = Shape(moved=moved, host_dtype="int8")
+        found.append(packed.case("mosaic_gpu"))
+        if moved == 512:
+            spreads = [(2, 12, 2), (8, 12, 2), (4, 12, 4), (4, 16, 2)]
+            found += [
+                packed.case("mosaic_gpu", Tiles(ctas=ctas, in_flight=ring, parts=parts))
+                for ctas, ring, parts in spreads
+            ]
+    found.append(Shape(moved=512, host_dtype="float8_e4m3fn").case("mosaic_gpu"))
     return found

@@ -5,10 +5,11 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import Array, Int32, Num
+import numpy as np
+from jaxtyping import Array, Float32, Int32, Num
 
 from pallas_kernels import _backend
-from pallas_kernels.gather_blocks import mosaic_gpu, reference
+from pallas_kernels.gather_blocks import mosaic_gpu, mosaic_gpu_unpack, reference
 from pallas_kernels.gather_blocks.config import Tiles
 
 Implementation = Literal["mosaic_gpu", "reference"]
@@ -23,6 +24,8 @@ def check_moves(
     source: Int32[Array, " n"],
     places: Int32[Array, " n"],
     count: Int32[Array, " 1"],
+    *,
+    is_scaled: bool = False,
 ) -> None:
     """Check what is moved where.
 
@@ -32,6 +35,7 @@ def check_moves(
         source: record of each move.
         places: place of each move.
         count: moves.
+        is_scaled: whether numbers change their dtype on the way.
 
     Raises:
         ValueError: the records differ in shape or dtype, or the lists in length.
@@ -41,7 +45,7 @@ def check_moves(
             f"{origin.shape=} and {target.shape=} must be [records 2 W H] and [slots 2 W H] with "
             "one W and one H; flatten the axes before them"
         )
-    if origin.dtype != target.dtype:
+    if origin.dtype != target.dtype and not is_scaled:
         raise ValueError(f"{origin.dtype=} must be {target.dtype=}: bytes are copied")
     if source.ndim != 1 or source.shape != places.shape:
         raise ValueError(f"{source.shape=} and {places.shape=} must be one list length, [n]")
@@ -57,6 +61,7 @@ def gather_blocks(
     slots: Num[Array, "slots 2 W H"],
     *,
     receipt: Int32[Array, " 1"] | None = None,
+    scales: Float32[Array, "records 2"] | None = None,
     implementation: Implementation | Sequence[Implementation] | None = None,
     tiles: Tiles | None = None,
 ) -> Num[Array, "slots 2 W H"]:
@@ -74,6 +79,9 @@ def gather_blocks(
         count: moves; more than n count as n, fewer than 0 as 0.
         slots: B · K · R records.
         receipt: of the last write into `records` (see `write_blocks`). The fetch comes after it.
+        scales: of the keys and of the values of each record, on the device, where the host holds
+            fewer bits than the slots: a slot gets records · scales, rounded once. `None` moves bits
+            as they are.
         implementation: a name, names in order, or `None` for the best that runs here.
         tiles: how the kernel spreads the moves.
 
@@ -92,18 +100,51 @@ def gather_blocks(
         >>> slots[:, 0, 0, 0].tolist()
         [3.0, -1.0, 1.0]
     """
-    check_moves(records, slots, source, places, count)
+    check_moves(records, slots, source, places, count, is_scaled=scales is not None)
+    if scales is not None and scales.shape != (records.shape[0], 2):
+        raise ValueError(f"{scales.shape=} must be {(records.shape[0], 2)}: keys, values")
+    _, _, block_size, head_dim = records.shape
+    is_same = scales is None
     if tiles is None:
-        _, _, block_size, head_dim = records.shape
-        tiles = Tiles.default(block_size, head_dim, records.dtype.itemsize)
+        slot_itemsize = None if is_same else slots.dtype.itemsize
+        tiles = Tiles.default(block_size, head_dim, records.dtype.itemsize, slot_itemsize)
     chosen = _backend.resolve(
         "gather_blocks",
         implementation,
         PREFERRED,
-        lambda name: mosaic_gpu.unsupported_reason(records.shape[1:], records.dtype, tiles),
+        lambda name: unsupported_reason(
+            records.shape[1:], records.dtype, tiles, slot=None if is_same else slots.dtype
+        ),
     )
     if source.shape[0] == 0:
         return slots
     if chosen == _backend.REFERENCE:
-        return reference.gather_blocks(records, source, places, count, slots)
-    return mosaic_gpu.gather_blocks(records, source, places, count, slots, receipt, tiles=tiles)
+        return reference.gather_blocks(records, source, places, count, slots, scales)
+    moves = (source, places, count, slots, receipt)
+    if scales is None:
+        return mosaic_gpu.gather_blocks(records, *moves, tiles=tiles)
+    return mosaic_gpu_unpack.gather_blocks(records, scales, *moves, tiles=tiles)
+
+
+def unsupported_reason(
+    size: Sequence[int],
+    dtype: np.dtype,
+    tiles: Tiles | None = None,
+    *,
+    slot: np.dtype | None = None,
+) -> str | None:
+    """Say why the kernel cannot move such records here; `None` if it can.
+
+    Args:
+        size: [2 W H] of a record.
+        dtype: of its numbers.
+        tiles: how they are moved; `None` takes the default.
+        slot: dtype of the slots, where records are unpacked on the way.
+    """
+    if tiles is None:
+        _, block_size, head_dim = size
+        slot_itemsize = None if slot is None else slot.itemsize
+        tiles = Tiles.default(block_size, head_dim, dtype.itemsize, slot_itemsize)
+    if slot is None:
+        return mosaic_gpu.unsupported_reason(size, dtype, tiles)
+    return mosaic_gpu_unpack.unsupported_reason(size, dtype, slot, tiles)

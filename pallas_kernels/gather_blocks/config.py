@@ -39,34 +39,44 @@ class Tiles:
             raise ValueError(f"{self.parts=} must be at least 1")
 
     @classmethod
-    def default(cls, block_size: int, head_dim: int, itemsize: int) -> "Tiles":
+    def default(
+        cls, block_size: int, head_dim: int, itemsize: int, slot_itemsize: int | None = None
+    ) -> "Tiles":
         """Choose for a shape of record: pieces of at most 16 KiB, up to 12 of them in flight.
 
         Args:
             block_size: W.
             head_dim: H.
             itemsize: bytes of one number.
+            slot_itemsize: of one number in the slots, where records are unpacked on the way: a
+                piece is then of keys or of values, and the 16 KiB are those of the slots.
 
         Example:
             >>> Tiles.default(64, 128, 2)
             Tiles(ctas=4, in_flight=12, parts=2)
             >>> Tiles.default(128, 128, 4)
             Tiles(ctas=4, in_flight=12, parts=8)
+            >>> Tiles.default(64, 128, 1, 2)
+            Tiles(ctas=4, in_flight=12, parts=2)
         """
-        rows, row_bytes = 2 * block_size, head_dim * itemsize
-        parts = 1
+        rows, row_bytes = 2 * block_size, head_dim * (slot_itemsize or itemsize)
+        parts = 1 if slot_itemsize is None else 2
         while rows % (2 * parts) == 0 and rows // parts * row_bytes > 16 * 1024:
             parts *= 2
-        room = (SHARED_MEMORY_BYTES - RESERVED_BYTES) // (rows // parts * row_bytes)
-        return cls(in_flight=max(2, min(12, room)), parts=parts)
+        piece = rows // parts * head_dim
+        room = SHARED_MEMORY_BYTES - RESERVED_BYTES - 2 * piece * (slot_itemsize or 0)
+        return cls(in_flight=max(2, min(12, room // (piece * itemsize))), parts=parts)
 
-    def unsupported_reason(self, block_size: int, head_dim: int, itemsize: int) -> str | None:
+    def unsupported_reason(
+        self, block_size: int, head_dim: int, itemsize: int, slot_itemsize: int | None = None
+    ) -> str | None:
         """Say why records of this shape cannot be moved so; `None` if they can.
 
         Args:
             block_size: W.
             head_dim: H.
             itemsize: bytes of one number.
+            slot_itemsize: of one number in the slots, where records are unpacked on the way.
         """
         rows, row_bytes = 2 * block_size, head_dim * itemsize
         if row_bytes % 16:
@@ -81,9 +91,10 @@ class Tiles:
         piece = rows * row_bytes
         if piece % 128:
             return f"moves pieces of a multiple of 128 bytes, but {self.parts=} makes {piece}"
-        if self.in_flight * piece > SHARED_MEMORY_BYTES - RESERVED_BYTES:
+        room = SHARED_MEMORY_BYTES - RESERVED_BYTES - 2 * piece // itemsize * (slot_itemsize or 0)
+        if self.in_flight * piece > room:
             return (
-                f"has {SHARED_MEMORY_BYTES - RESERVED_BYTES} bytes of shared memory, but "
+                f"has {room} bytes of shared memory, but "
                 f"{self.in_flight=} pieces of {piece} bytes need {self.in_flight * piece}"
             )
         return None

@@ -6,7 +6,7 @@ from typing import Literal, cast, get_args
 
 import jax
 
-from pallas_kernels.gather_blocks import Tiles, mosaic_gpu
+from pallas_kernels.gather_blocks.api import unsupported_reason as gather_unsupported_reason
 from sparda_jax.config import ModelConfig
 from sparda_jax.kv.pack import HostDtype
 
@@ -35,8 +35,8 @@ def unsupported_reason(
     sparse = config.sparse
     size = (2, sparse.block_size, config.head_dim)
     dtype = jax.numpy.dtype(host_dtype or config.dtype)
-    tiles = Tiles.default(*size[1:], dtype.itemsize)
-    reason = mosaic_gpu.unsupported_reason(size, dtype, tiles)
+    slot = None if host_dtype is None else jax.numpy.dtype(config.dtype)
+    reason = gather_unsupported_reason(size, dtype, slot=slot)
     if reason is None:
         return None
     return f"fetch='in_graph': the kernel that reads host memory {reason}; use fetch='device_put'"

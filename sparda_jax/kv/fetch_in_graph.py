@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 import pallas_kernels
 from sparda_jax.kv.plan import FetchPlan
-from sparda_jax.kv.state import insert_packed
 
 
 @typing.no_type_check
@@ -87,23 +86,16 @@ def fetch_records(
     # `misses` is two lists joined: XLA takes one of them as the kernel made it, without a slice.
     source, places = plan.misses[0], plan.misses[1]
     flat = records.reshape(-1, *records.shape[3:])
-    if scales is None:
-        target = slots.reshape(-1, *slots.shape[3:])
-        filled = pallas_kernels.gather_blocks(flat, source, places, count, target, receipt=receipt)
-        return filled.reshape(slots.shape)
-    is_miss = jnp.arange(source.shape[0], dtype=jnp.int32) < count
-    # Counted, so that it is data: XLA would place a constant list where a kernel cannot read it.
-    order = jnp.cumsum((source >= 0).astype(jnp.int32)) - 1
-    room = jnp.zeros((source.shape[0], *records.shape[3:]), records.dtype)
-    packed = pallas_kernels.gather_blocks(flat, source, order, count, room, receipt=receipt)
-    nowhere = slots.shape[0] * slots.shape[1] * slots.shape[2]
-    return insert_packed(
-        slots,
-        packed,
-        jnp.where(is_miss, places, nowhere),
-        scales,
-        jnp.where(is_miss, source, 0),
+    filled = pallas_kernels.gather_blocks(
+        flat,
+        source,
+        places,
+        count,
+        slots.reshape(-1, *slots.shape[3:]),
+        receipt=receipt,
+        scales=None if scales is None else scales.reshape(-1, 2),
     )
+    return filled.reshape(slots.shape)
 
 
 @jax.named_scope("store_completed")

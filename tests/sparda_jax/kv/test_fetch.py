@@ -4,6 +4,7 @@
 
 import pytest
 
+from pallas_kernels import _backend
 from sparda_jax.kv import fetch as door
 from sparda_jax.kv.fetch import resolve_fetch, unsupported_reason
 from sparda_jax.testing import tiny_config
@@ -19,20 +20,21 @@ def test_an_open_choice_takes_copies_on_a_cpu_and_a_name_gets_that_one():
 
 def test_an_open_choice_takes_the_program_on_a_gpu_that_can(monkeypatch):
     monkeypatch.setattr(door.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(door.mosaic_gpu._backend, "hopper_reason", lambda: None)
+    monkeypatch.setattr(_backend, "hopper_reason", lambda: None)
     wide = tiny_config(head_dim=64)
     assert resolve_fetch(None, wide) == "in_graph"
     assert unsupported_reason("in_graph", wide) is None
+    assert unsupported_reason("in_graph", wide, "int8") is None
 
 
 def test_a_refusal_says_why_and_the_way_out(monkeypatch):
     monkeypatch.setattr(door.jax, "default_backend", lambda: "gpu")
     other = "needs compute capability 9.0"
-    monkeypatch.setattr(door.mosaic_gpu._backend, "hopper_reason", lambda: other)
+    monkeypatch.setattr(_backend, "hopper_reason", lambda: other)
     assert resolve_fetch(None, CONFIG) == "device_put"
     with pytest.raises(NotImplementedError, match=r"needs compute capability 9.0; use fetch='dev"):
         resolve_fetch("in_graph", CONFIG)
-    monkeypatch.setattr(door.mosaic_gpu._backend, "hopper_reason", lambda: None)
+    monkeypatch.setattr(_backend, "hopper_reason", lambda: None)
     odd = tiny_config(head_dim=2)  # rows of 8 bytes
     with pytest.raises(NotImplementedError, match=r"multiple of 16 bytes, but H=2 makes 8; use"):
         resolve_fetch("in_graph", odd)
