@@ -47,6 +47,13 @@ def pytest_configure(config):
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+def pytest_collection_finish():
+    """Look for garbage in what tests make, not again and again in what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the files of the longest tests: `--dist loadfile` deals out whole files."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -90,22 +90,29 @@ def test_a_query_sees_as_many_pooled_keys_as_in_the_original(tokens):
     sparse, count = SparseConfig(), pooled_in(tokens, 32, 16)
     positions, lengths = jnp.arange(tokens)[None], jnp.array([tokens])
     query = QuerySelector(model_config(sparse), parity="reference")
-    seen = query.visible(positions, lengths, count).sum(axis=-1)[0]
+    # Blocks as long as a stride: n > 0 visible cells give scores to blocks 0 … n.
+    narrow = SparseConfig(block_size=16, local_blocks=0, selected_blocks=4)
+    forecast = ForecastSelector(model_config(narrow), parity="reference")
+
+    @jax.jit
+    def compute(positions, lengths):
+        summary = PooledSummary(pooled=jnp.ones((1, count, 2, 16)), tail=jnp.zeros((1, 32, 2, 16)))
+        probe = jnp.ones((1, tokens, 2, 16))
+        scores = forecast.score_blocks(probe, summary, positions, lengths, count + 1)
+        return (
+            query.visible(positions, lengths, count).sum(axis=-1)[0],
+            visible_cells(positions, count, sparse).sum(axis=-1)[0],
+            (scores > LOWEST).sum(axis=-1)[0],
+        )
+
+    seen, correct, scored = map(np.asarray, compute(positions, lengths))
     golden = np.maximum(want[f"n_visible_ownquery_L{tokens}"], 0)
     np.testing.assert_array_equal(seen, golden)
-    correct = np.asarray(visible_cells(positions, count, sparse).sum(axis=-1)[0])
     if tokens % 16 == 15:
         assert (correct > seen).any() == (tokens >= 47), "a window is lost where 15 are left over"
     else:
         np.testing.assert_array_equal(correct, seen)
 
-    # Blocks as long as a stride: n > 0 visible cells give scores to blocks 0 … n.
-    narrow = SparseConfig(block_size=16, local_blocks=0, selected_blocks=4)
-    forecast = ForecastSelector(model_config(narrow), parity="reference")
-    summary = PooledSummary(pooled=jnp.ones((1, count, 2, 16)), tail=jnp.zeros((1, 32, 2, 16)))
-    probe = jnp.ones((1, tokens, 2, 16))
-    scores = forecast.score_blocks(probe, summary, positions, lengths, count + 1)
-    scored = np.asarray((scores > LOWEST).sum(axis=-1))[0]
     golden = want[f"n_visible_forecast_L{tokens}"]
     np.testing.assert_array_equal(
         scored, np.repeat(np.where(golden, golden + 1, 0), 2).reshape(-1, 2)
@@ -141,10 +148,17 @@ def test_block_scores_and_choices_are_the_originals(case):
     blocks = sparse.blocks(tokens + cached)
     positions = jnp.asarray(want[f"{case}.query_index"] + cached)[None]
     cells = jnp.asarray(want[f"{case}.scores"]).transpose(1, 0, 2)[None]  # [1 T K C]
-    scores = pool_scores(jnp.maximum(cells, LOWEST), blocks, sparse.cells_per_block)
-    pinned = np.asarray(pinned_blocks(positions, blocks, sparse))[0]
+
+    @jax.jit
+    def compute(cells, positions):
+        scores = pool_scores(jnp.maximum(cells, LOWEST), blocks, sparse.cells_per_block)
+        leaking = select_blocks(scores, positions, sparse, parity="reference").ids
+        correct = select_blocks(scores, positions, sparse).ids
+        return scores, leaking, correct, pinned_blocks(positions, blocks, sparse)[0]
+
+    scores, ids, correct, pinned = map(np.asarray, compute(cells, positions))
     golden = want[f"{case}.block_scores"]
-    got = np.asarray(scores)[0].transpose(1, 0, 2)
+    got = scores[0].transpose(1, 0, 2)
     future = np.arange(blocks)[None, :] > np.asarray(positions)[0, :, None] // 64
     for head in range(2):
         # The original pins sink blocks of the future too; nothing comes of it.
@@ -155,10 +169,9 @@ def test_block_scores_and_choices_are_the_originals(case):
         assert (got[head][np.isneginf(golden[head])] == np.float32(LOWEST)).all()
 
     golden = want[f"{case}.block_ids"]
-    ids = np.asarray(select_blocks(scores, positions, sparse, parity="reference").ids)
     np.testing.assert_array_equal(ids[0].transpose(1, 0, 2), golden)
     # Where no future block took a place in the original, the correct rule chooses the same.
-    correct = np.asarray(select_blocks(scores, positions, sparse).ids)[0].transpose(1, 0, 2)
+    correct = correct[0].transpose(1, 0, 2)
     own = np.asarray(positions)[0] // 64
     full = (golden >= 0).sum(-1) == np.minimum(own + 1, golden.shape[-1])[None, :]
     assert full.any()

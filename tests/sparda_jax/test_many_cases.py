@@ -103,7 +103,7 @@ CHOICES = [
 select = jax.jit(select_blocks, static_argnames=("sparse", "width", "parity"))
 
 
-@hypothesis.settings(max_examples=2000)
+@hypothesis.settings(max_examples=1200)
 @hypothesis.given(
     seeds,
     st.sampled_from(CHOICES),
@@ -187,7 +187,7 @@ def ranks_by_loops(name, sparse, probe, k, importance, position):
 
 
 @pytest.mark.parametrize("name", ["query", "forecast", "nosa"])
-@hypothesis.settings(max_examples=1000)
+@hypothesis.settings(max_examples=500)
 @hypothesis.given(
     seeds,
     st.integers(0, len(RANKS) - 1),
