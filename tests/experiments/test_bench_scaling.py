@@ -14,7 +14,9 @@ def test_a_timed_step_has_time_and_memory():
 
 
 @pytest.mark.slow
-def test_the_record_holds_every_length(tmp_path):
+def test_the_record_holds_every_length(tmp_path, monkeypatch):
+    model = tiny_model(vocab_size=259)
+    monkeypatch.setattr(bench_scaling, "load_shipped", lambda dtype: model)
     config = bench_scaling.Config(
         lengths=(128,), repeats=1, new_tokens=2, commit="0123abcd", dirty=False, out=tmp_path
     )

@@ -11,8 +11,8 @@ import pytest
 from experiments.exam import measure_recall, needle_exam, plain_exam, take_exam
 from sparda_jax.evaluation.perplexity import evaluate_perplexity
 from sparda_jax.evaluation.recall import recall_totals
-from sparda_jax.model import forward
 from sparda_jax.testing import tiny_model
+from tests.compiled import forward
 
 TEXT = b"".join(b"line %d of a text that says little\n" % i for i in range(40))
 

@@ -10,12 +10,14 @@ import pytest
 
 from experiments import host_dtype
 from experiments.host_dtype import PLAIN, Config, main, read_on
-from sparda_jax.model import forward
 from sparda_jax.testing import tiny_model
+from tests.compiled import forward
 
 
 @pytest.mark.slow
-def test_every_dtype_gives_a_row_and_the_record_holds_them(tmp_path):
+def test_every_dtype_gives_a_row_and_the_record_holds_them(tmp_path, monkeypatch):
+    model = tiny_model(layers=2, vocab_size=259)
+    monkeypatch.setattr(host_dtype, "load_shipped", lambda: model)
     config = Config(
         host_dtypes=(PLAIN, "int8"),
         batch=1,

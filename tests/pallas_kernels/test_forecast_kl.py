@@ -162,7 +162,7 @@ def loss_operands(case, seed=0):
     """Forecast, pooled, teacher, ids, counted, positions, lengths."""
     operands = case.operands(seed)
     _, _, forecast, pooled, ids, positions, lengths = operands
-    teacher = teacher_of(case, operands, implementation="reference")
+    teacher = jax.jit(functools.partial(teacher_of, case, implementation="reference"))(operands)
     counted = counted_of(teacher, positions)
     return forecast, pooled, teacher, ids, counted, positions, lengths
 
@@ -270,7 +270,8 @@ def test_the_teacher_is_the_aligned_sum_of_softmaxes_written_out(case):
 @each({name: LOSS_CASES[name] for name in ("odd tail", "two words of blocks")})
 def test_every_row_is_the_divergence_of_the_vectors_and_its_gradient(case):
     operands = loss_operands(case)
-    kl, gradient = forecast_kl_and_gradient(*operands, **case.loss_options)
+    run = jax.jit(functools.partial(forecast_kl_and_gradient, **case.loss_options))
+    kl, gradient = map(np.asarray, run(*operands))
     forecast, pooled, teacher, ids, counted, positions, lengths = map(np.asarray, operands)
     checked = 0
     for b, t, k in np.ndindex(kl.shape):
@@ -336,8 +337,10 @@ def test_the_reference_has_the_bits_of_the_training_package(case):
 @pytest.mark.usefixtures("interpreted")
 def test_the_teacher_kernels_give_what_the_reference_gives(case):
     operands = case.operands()
-    found = teacher_of(case, operands, implementation="triton", tiles=SMALL)
-    assert_close_float32(found, teacher_of(case, operands, implementation="reference"))
+    kernel = functools.partial(teacher_of, case, implementation="triton", tiles=SMALL)
+    reference = functools.partial(teacher_of, case, implementation="reference")
+    found = jax.jit(kernel)(operands)
+    assert_close_float32(found, jax.jit(reference)(operands))
     assert not np.asarray(found)[np.asarray(operands[5]) < 0].any()
 
 
@@ -345,10 +348,9 @@ def test_the_teacher_kernels_give_what_the_reference_gives(case):
 @pytest.mark.usefixtures("interpreted")
 def test_the_loss_kernel_gives_what_the_reference_gives(case):
     operands = loss_operands(case)
-    found = forecast_kl_and_gradient(
-        *operands, **case.loss_options, implementation="triton", tiles=SMALL
-    )
-    wanted = forecast_kl_and_gradient(*operands, **case.loss_options, implementation="reference")
+    run = functools.partial(forecast_kl_and_gradient, **case.loss_options)
+    found = jax.jit(functools.partial(run, implementation="triton", tiles=SMALL))(*operands)
+    wanted = jax.jit(functools.partial(run, implementation="reference"))(*operands)
     np.testing.assert_allclose(found[0], wanted[0], atol=2e-6)
     assert_close_gradients(found[1], wanted[1])
 

@@ -160,9 +160,13 @@ def test_block_scores_are_the_originals(name, tokens, mode):
     blocks = sparse.blocks(tokens)
     pinned = np.asarray(pinned_blocks(positions, blocks, sparse))[0, : len(at)]
     past = np.arange(blocks)[None, :] <= at[:, None] // sparse.block_size
+
+    @jax.jit
+    def score(probe, summary):
+        return selector.score_blocks(probe, summary, positions, jnp.array([tokens]), blocks)
+
     for layer, (probe, summary) in enumerate(parts):
-        scores = selector.score_blocks(probe, summary, positions, jnp.array([tokens]), blocks)
-        got = np.asarray(scores)[0, : len(at)].transpose(1, 0, 2)
+        got = np.asarray(score(probe, summary))[0, : len(at)].transpose(1, 0, 2)
         golden = stored(name, tokens)[f"{mode}.block_scores"][layer]
         np.testing.assert_array_equal(np.isposinf(golden), np.broadcast_to(pinned, golden.shape))
         scored = np.isfinite(golden) & (got > LOWEST)

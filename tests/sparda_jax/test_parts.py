@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparda_jax.model import forward
 from sparda_jax.parts import HEAD, commit, cut, pick, without_heads
 from sparda_jax.testing import tiny_config, tiny_model
+from tests.compiled import forward
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
 

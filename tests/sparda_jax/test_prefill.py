@@ -12,11 +12,11 @@ import pytest
 
 from sparda_jax.chunk import make_plan
 from sparda_jax.config import SparseConfig
-from sparda_jax.model import forward
 from sparda_jax.parts import cut
 from sparda_jax.pooling import pooled_count
 from sparda_jax.prefill import _chunk_program, chunk_tokens, prefill
 from sparda_jax.testing import assert_close_float32, tiny_config, tiny_model
+from tests.compiled import forward
 
 LENGTHS = np.array([61, 8, 1, 39], np.int32)
 CAPACITY = 96

@@ -14,8 +14,9 @@ from sparda_jax import shipped
 from sparda_jax.config import ModelConfig
 from sparda_jax.errors import CheckpointError, DataError
 from sparda_jax.layers import ForecastParam
-from sparda_jax.model import SpardaLM, forward
+from sparda_jax.model import SpardaLM
 from sparda_jax.shipped import heldout_texts, load_shipped, save_shipped
+from tests.compiled import forward
 
 needs_weights = pytest.mark.skipif(
     not (shipped.FOLDER / shipped.HEADS).is_file(),
