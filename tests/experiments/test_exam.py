@@ -4,6 +4,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_other_heads_rank_on_the_states_of_the_first_model(model):
     other = tiny_model(1, vocab_size=259)
     documents = [TEXT[:128]]
     got = measure_recall(model, documents, batch=1, selectors=("forecast",), fresh=other)
-    want = recall_totals(model, jnp.asarray(plain_exam(documents).tokens))["forecast"]
+    tokens = jnp.asarray(plain_exam(documents).tokens)
+    want = jax.jit(recall_totals)(model, tokens)["forecast"]
     np.testing.assert_allclose(got["forecast"], want.recall_of_layers(), rtol=1e-5)
     assert got["forecast_fresh"] != got["forecast"]
     same = measure_recall(model, documents, batch=1, selectors=("forecast",), fresh=model)

@@ -100,14 +100,15 @@ def test_its_scores_are_finite_also_before_the_first_window(name):
     model = model_for(name)
     selector = selectors.get(name, model.config)
     _, watched = ran(name)
+
+    @jax.jit
+    def score(probe, summary):
+        positions = jnp.tile(jnp.arange(TOKENS)[None], (2, 1))
+        lengths = jnp.array([TOKENS, TOKENS])
+        return selector.score_blocks(probe, summary, positions, lengths, PLAIN.blocks(TOKENS))
+
     for layer in range(2):
-        scores = selector.score_blocks(
-            watched["probe", layer],
-            watched["cache", layer].summary,
-            jnp.tile(jnp.arange(TOKENS)[None], (2, 1)),
-            jnp.array([TOKENS, TOKENS]),
-            PLAIN.blocks(TOKENS),
-        )
+        scores = score(watched["probe", layer], watched["cache", layer].summary)
         assert scores.shape == (2, TOKENS, 2, 8)
         assert scores.dtype == jnp.float32
         assert np.isfinite(scores).all()
