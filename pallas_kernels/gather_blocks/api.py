@@ -103,18 +103,13 @@ def gather_blocks(
     check_moves(records, slots, source, places, count, is_scaled=scales is not None)
     if scales is not None and scales.shape != (records.shape[0], 2):
         raise ValueError(f"{scales.shape=} must be {(records.shape[0], 2)}: keys, values")
-    _, _, block_size, head_dim = records.shape
-    is_same = scales is None
-    if tiles is None:
-        slot_itemsize = None if is_same else slots.dtype.itemsize
-        tiles = Tiles.default(block_size, head_dim, records.dtype.itemsize, slot_itemsize)
+    size, dtype, slot = records.shape[1:], records.dtype, None if scales is None else slots.dtype
+    tiles = tiles or _default_tiles(size, dtype, slot)
     chosen = _backend.resolve(
         "gather_blocks",
         implementation,
         PREFERRED,
-        lambda name: unsupported_reason(
-            records.shape[1:], records.dtype, tiles, slot=None if is_same else slots.dtype
-        ),
+        lambda name: unsupported_reason(size, dtype, tiles, slot=slot),
     )
     if source.shape[0] == 0:
         return slots
@@ -124,6 +119,11 @@ def gather_blocks(
     if scales is None:
         return mosaic_gpu.gather_blocks(records, *moves, tiles=tiles)
     return mosaic_gpu_unpack.gather_blocks(records, scales, *moves, tiles=tiles)
+
+
+def _default_tiles(size: Sequence[int], dtype: np.dtype, slot: np.dtype | None) -> Tiles:
+    _, block_size, head_dim = size
+    return Tiles.default(block_size, head_dim, dtype.itemsize, slot and slot.itemsize)
 
 
 def unsupported_reason(
@@ -141,10 +141,7 @@ def unsupported_reason(
         tiles: how they are moved; `None` takes the default.
         slot: dtype of the slots, where records are unpacked on the way.
     """
-    if tiles is None:
-        _, block_size, head_dim = size
-        slot_itemsize = None if slot is None else slot.itemsize
-        tiles = Tiles.default(block_size, head_dim, dtype.itemsize, slot_itemsize)
+    tiles = tiles or _default_tiles(size, dtype, slot)
     if slot is None:
         return mosaic_gpu.unsupported_reason(size, dtype, tiles)
     return mosaic_gpu_unpack.unsupported_reason(size, dtype, slot, tiles)

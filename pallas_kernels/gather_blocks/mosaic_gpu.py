@@ -23,7 +23,7 @@ Offsets are counted in records: a transfer takes int32 coordinates (record, part
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,26 @@ def unsupported_reason(size: Sequence[int], dtype: np.dtype, tiles: Tiles) -> st
     return _backend.hopper_reason() or shape_reason(size, dtype, tiles)
 
 
+def deal_pieces(cta: Any, moves: Any, tiles: Tiles) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """Deal the pieces of all moves out to the CTAs: each takes every `ctas`-th.
+
+    Args:
+        cta: its number.
+        moves: how many there are.
+        tiles: how they are moved.
+
+    Returns:
+        How many pieces are its own, and what gives the move and the part of the nth of them.
+    """
+    ctas, parts = tiles.ctas, tiles.parts
+
+    def entry_and_part(nth):
+        piece = cta + nth * ctas
+        return lax.div(piece, parts), lax.rem(piece, parts)
+
+    return lax.div(moves * parts - cta + (ctas - 1), ctas), entry_and_part
+
+
 def move_records(
     origin: Num[Array, "origin parts rows H"],
     target: Any,
@@ -93,17 +113,13 @@ def move_records(
         name: of the kernel, in profiles.
         interpret: whether to run in the interpreter.
     """
-    most, ctas, ring, parts = source.shape[0], tiles.ctas, tiles.in_flight, tiles.parts
+    most, ring = source.shape[0], tiles.in_flight
 
     def body(origin_ref, target_ref, source_ref, places_ref, count_ref, *rest: Any):
         *receipts, staging, arrived = rest
         cta = lax.axis_index("cta")
         moves = jnp.clip(count_ref[0], 0, most)
-        mine = lax.div(moves * parts - cta + (ctas - 1), ctas)  # pieces cta, cta + ctas, …
-
-        def entry_and_part(nth):
-            piece = cta + nth * ctas
-            return lax.div(piece, parts), lax.rem(piece, parts)
+        mine, entry_and_part = deal_pieces(cta, moves, tiles)
 
         def load(nth, record):
             slot = lax.rem(nth, ring)
@@ -147,7 +163,7 @@ def move_records(
             plgpu.SMEM((ring, *origin.shape[2:]), origin.dtype),
             plgpu.Barrier(num_barriers=ring),
         ),
-        grid=(ctas,),
+        grid=(tiles.ctas,),
         grid_names=("cta",),
         kernel_name=name,
         **_compat.mosaic_interpret(interpret),

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Float32, Int32, Num
 
 from pallas_kernels import _backend, _compat
 from pallas_kernels.gather_blocks.config import Tiles
-from pallas_kernels.gather_blocks.mosaic_gpu import cut
+from pallas_kernels.gather_blocks.mosaic_gpu import cut, deal_pieces
 
 EXACT_STEP = {"int8": jnp.bfloat16, "float8_e4m3fn": jnp.float16}
 """What the kernel unpacks, and the dtype that holds every such number and has a fast conversion."""
@@ -104,19 +104,14 @@ def gather_blocks(
         tiles: how they are moved.
         interpret: whether to run in the interpreter.
     """
-    most, ctas, ring, parts = source.shape[0], tiles.ctas, tiles.in_flight, tiles.parts
+    most, ring, parts = source.shape[0], tiles.in_flight, tiles.parts
     exact = EXACT_STEP[records.dtype.name]
     origin, slots_ref = cut(records, parts), jax.new_ref(cut(slots, parts))
 
     def body(origin_ref, target_ref, scales_ref, source_ref, places_ref, count_ref, *rest: Any):
         packed, unpacked, arrived = rest[-3:]
         cta = lax.axis_index("cta")
-        moves = jnp.clip(count_ref[0], 0, most)
-        mine = lax.div(moves * parts - cta + (ctas - 1), ctas)  # pieces cta, cta + ctas, …
-
-        def entry_and_part(nth):
-            piece = cta + nth * ctas
-            return lax.div(piece, parts), lax.rem(piece, parts)
+        mine, entry_and_part = deal_pieces(cta, jnp.clip(count_ref[0], 0, most), tiles)
 
         def record_of(nth):
             return source_ref[entry_and_part(jnp.minimum(nth, mine - 1))[0]]
@@ -166,7 +161,7 @@ def gather_blocks(
             plgpu.SMEM((2, *origin.shape[2:]), slots.dtype),
             plgpu.Barrier(num_barriers=ring),
         ),
-        grid=(ctas,),
+        grid=(tiles.ctas,),
         grid_names=("cta",),
         kernel_name="gather_blocks_unpack",
         **_compat.mosaic_interpret(interpret),
