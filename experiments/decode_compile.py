@@ -20,6 +20,7 @@ from flax import nnx
 
 from experiments.decode_cells import Method, Setting, make_state
 from sparda_jax.decode import Way, draw_program
+from sparda_jax.kv.overlap import graphs_of_step
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import Layout, Parts, cut
 from sparda_jax.sampling import Draw, Rows
@@ -60,6 +61,7 @@ def abstract_step(setting: Setting, method: Method) -> tuple[Any, tuple[Any, ...
         has_lookahead=method.has_lookahead,
         writes_host=writes_host,
         host_dtype=setting.host_dtype if method.is_offloaded else None,
+        graphs=graphs_of_step(),
     )
     if method.is_offloaded:  # records have a place, so the state has one; weights are free
         state, rows, records = _commit((state, rows, records))

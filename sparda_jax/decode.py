@@ -32,7 +32,13 @@ from sparda_jax.decode_layer import (
 )
 from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
 from sparda_jax.kv.host import HostKV
-from sparda_jax.kv.overlap import compiler_options, fetch_first, hold_lists
+from sparda_jax.kv.overlap import (
+    begin_graph,
+    compiler_options,
+    fetch_first,
+    graphs_of_step,
+    hold_lists,
+)
 from sparda_jax.kv.pack import HostDtype
 from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
 from sparda_jax.kv.state import KVState, LayerKV, SlotPool, pack_tail, take_tail
@@ -53,6 +59,7 @@ class Way:
             its own fetch, for comparison.
         writes_host: a kernel writes completed blocks to the host; else the step returns them.
         host_dtype: of the numbers on the host; `None` takes the model's.
+        graphs: that a GPU runs the step as, each of its share of the layers; see `begin_graph`.
     """
 
     plan: Plan
@@ -60,6 +67,14 @@ class Way:
     has_lookahead: bool = True
     writes_host: bool = False
     host_dtype: HostDtype | None = None
+    graphs: int = 1
+
+    @property
+    def cuts(self) -> frozenset[int]:
+        """The layers that begin another graph."""
+        layers = self.plan.config.layers
+        cuts = (layers * part // self.graphs for part in range(1, self.graphs))
+        return frozenset(cuts) - {0}
 
 
 @typing.no_type_check
@@ -237,7 +252,10 @@ def run_step(
     summaries = {layer: kv.summary for layer, kv in enumerate(state.layers)}
     probes: dict[int, Probe] = {}
     layers, counts = [], []
+    mark = state.step
     for layer, block in enumerate(model.layers):
+        if layer in way.cuts:
+            x, mark = begin_graph(x, mark)
         with jax.named_scope(f"layer_{layer}"):
             begun, summary, chosen, waiting = begin_layer(
                 model,
@@ -264,7 +282,7 @@ def run_step(
         layers=layers,
         lengths=jnp.where(active, state.lengths + 1, state.lengths),
         reach=state.reach,
-        step=state.step + 1,
+        step=mark + 1 - len(way.cuts),
         receipt=jnp.sum(jnp.stack(blocks.receipts), axis=0) if blocks.receipts else None,
     )
     return after, Stepped(
@@ -342,6 +360,7 @@ class Decoder:
             has_lookahead=has_lookahead,
             writes_host=writes_host,
             host_dtype=None if host is None else host.host_dtype,
+            graphs=graphs_of_step(),
         )
         layers = range(plan.config.layers)
         self._records = [] if host is None else [host.operand(layer) for layer in layers]

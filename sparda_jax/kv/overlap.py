@@ -15,6 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from sparda_jax.kv.plan import FetchPlan, Places
 from sparda_jax.shapes import NO_SLOT
@@ -25,10 +26,17 @@ CONCURRENT_COMMANDS = {
 }
 """Compiler options of a program whose fetches are to overlap with its matmuls."""
 
+_GRAPHS = 2  # more were not faster: experiments/README.md
+
 
 def compiler_options() -> dict[str, str] | None:
     """Give what `jax.jit` takes for such a program on the default device; only a GPU needs any."""
     return dict(CONCURRENT_COMMANDS) if jax.default_backend() == "gpu" else None
+
+
+def graphs_of_step() -> int:
+    """Tell how many graphs of commands a decode step is cut into; only a GPU has any."""
+    return _GRAPHS if jax.default_backend() == "gpu" else 1
 
 
 def fetch_first[X, F](x: X, fetched: F) -> tuple[X, F]:
@@ -42,6 +50,24 @@ def fetch_first[X, F](x: X, fetched: F) -> tuple[X, F]:
         Both, to be used from here on.
     """
     return lax.optimization_barrier((x, fetched))
+
+
+def begin_graph[X](x: X, step: Int[Array, ""]) -> tuple[X, Int[Array, ""]]:
+    """Make XLA begin another graph of commands here: it records no loop into one.
+
+    A launch takes milliseconds where a graph has hundreds of branches, and the device waits for all
+    of it but the first few commands. The launch of a second graph runs while the first computes.
+
+    Args:
+        x: what the rest of the program computes on.
+        step: any number; the loop counts it up by one.
+
+    Returns:
+        `x`, to be used from here on, and `step` + 1, which must be used as well.
+    """
+    x, step = lax.optimization_barrier((x, step))
+    step = lax.fori_loop(0, 2, lambda turn, count: count + turn, step)  # XLA would unroll one turn
+    return lax.optimization_barrier((x, step))
 
 
 def hold_lists(plan: FetchPlan) -> Places:

@@ -182,6 +182,30 @@ def test_a_row_that_is_not_active_keeps_its_state():
         assert np.all(np.asarray(session.choices[0])[1] == -1)
 
 
+@pytest.mark.parametrize(("graphs", "cuts"), [(2, {1}), (3, {1, 2}), (5, {1, 2})])
+def test_a_step_of_several_graphs_is_the_step_of_one(monkeypatch, graphs, cuts):
+    model = tiny_model(layers=3)
+    taken = []
+    run = decode.Decoder.step
+
+    def step(self, *arguments):
+        done = run(self, *arguments)
+        taken.append(int(self.state.step))
+        return done
+
+    monkeypatch.setattr(decode.Decoder, "step", step)
+    want, _ = replay(model)
+    monkeypatch.setattr(decode, "graphs_of_step", lambda: graphs)
+    begun = []
+    begin = decode.begin_graph
+    monkeypatch.setattr(decode, "begin_graph", lambda x, step: begun.append(1) or begin(x, step))
+    got, _ = replay(model)
+    np.testing.assert_array_equal(got, want)
+    assert taken[:STEPS] == taken[STEPS:] == list(range(taken[0], taken[0] + STEPS))
+    assert len(begun) == len(cuts)
+    assert decode.Way(plan=make_plan(model.config, "sparda", max_length=64), graphs=graphs).cuts == cuts
+
+
 def test_without_a_choice_every_block_up_to_the_own_one_is_read():
     plan = make_plan(tiny_config(), "dense", max_length=64)
     positions = jnp.array([17, -1])

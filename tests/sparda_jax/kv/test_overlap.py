@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from sparda_jax.kv import overlap
-from sparda_jax.kv.overlap import CONCURRENT_COMMANDS, compiler_options, fetch_first, hold_lists
+from sparda_jax.kv.overlap import (
+    CONCURRENT_COMMANDS,
+    begin_graph,
+    compiler_options,
+    fetch_first,
+    graphs_of_step,
+    hold_lists,
+)
 from sparda_jax.kv.plan import FetchPlan, Places
 
 
@@ -25,6 +32,21 @@ def test_the_fetch_and_the_work_pass_one_barrier_unchanged():
     got = jax.jit(fetch_first)(x, slots)
     assert jnp.array_equal(got[0], x)
     assert jnp.array_equal(got[1], slots)
+
+
+def test_only_a_gpu_runs_a_step_as_several_graphs(monkeypatch):
+    assert graphs_of_step() == 1
+    monkeypatch.setattr(overlap.jax, "default_backend", lambda: "gpu")
+    assert graphs_of_step() > 1
+
+
+def test_a_loop_that_xla_keeps_stands_between_two_graphs():
+    x, step = jnp.arange(3.0), jnp.int32(41)
+    program = jax.jit(begin_graph).lower(x, step).compile()
+    assert " while(" in (program.as_text() or "")
+    got = program(x, step)
+    assert jnp.array_equal(got[0], x)
+    assert int(got[1]) == 42
 
 
 def make_plan(misses, count):
