@@ -203,7 +203,8 @@ def test_a_step_of_several_graphs_is_the_step_of_one(monkeypatch, graphs, cuts):
     np.testing.assert_array_equal(got, want)
     assert taken[:STEPS] == taken[STEPS:] == list(range(taken[0], taken[0] + STEPS))
     assert len(begun) == len(cuts)
-    assert decode.Way(plan=make_plan(model.config, "sparda", max_length=64), graphs=graphs).cuts == cuts
+    plan = make_plan(model.config, "sparda", max_length=64)
+    assert decode.Way(plan=plan, graphs=graphs).cuts == cuts
 
 
 def test_without_a_choice_every_block_up_to_the_own_one_is_read():
