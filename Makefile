@@ -2,8 +2,10 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS ?= demo
+# Three workers keep two cores busy while tests wait for processes that they started.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint test-gpu clean
+.PHONY: help demo test test-wide lint test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -11,8 +13,11 @@ help:  ## list the targets
 demo: $(VENV)/with-$(EXTRAS)  ## train a tiny Forecast, decode with it, show what moved
 	$(BIN)/python -m experiments.demo
 
-test: lint  ## lint, types, CPU tests, doctests, notebooks
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+test: lint  ## lint, types, CPU tests but the wide cases, doctests, notebooks
+	$(PYTEST) -m "not gpu and not wide"
+
+test-wide: lint  ## the same with every case: half an hour and more on two cores
+	$(PYTEST) -m "not gpu"
 
 lint: $(VENV)/with-dev  ## ruff and pyrefly only
 	$(BIN)/ruff check .

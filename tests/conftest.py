@@ -24,6 +24,7 @@ if _CHECKER:
     jaxtyping.install_import_hook(["sparda_jax", "pallas_kernels"], _CHECKER)
 
 from pallas_kernels import _compat  # noqa: E402, must follow the hook
+from tests.wide import is_wide, unmatched  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,8 +55,15 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files of the longest tests: `--dist loadfile` deals out whole files."""
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(config, items):
+    """Mark the wide cases, and begin with the files of the longest tests, dealt out whole."""
+    tests = [tuple(item.nodeid.split("::", 1)) for item in items]
+    for item, test in zip(items, tests, strict=True):
+        if is_wide(*test):
+            item.add_marker(pytest.mark.wide)
+    if config.getoption("file_or_dir") == [] and (lost := unmatched(tests)):
+        raise pytest.UsageError("tests/wide.py names no test by " + "; ".join(lost))
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
