@@ -2,8 +2,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS ?= demo
-# Three workers keep two cores busy while tests wait for processes that they started.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-wide lint test-gpu clean
 

@@ -64,7 +64,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.wide)
     if config.getoption("file_or_dir") == [] and (lost := unmatched(tests)):
         raise pytest.UsageError("tests/wide.py names no test by " + "; ".join(lost))
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = collections.Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") and not item.get_closest_marker("wide")
+    )
     items.sort(key=lambda item: -slow[item.path])
 
 

@@ -16,10 +16,11 @@ WIDE: dict[str, tuple[str, ...]] = {
     "tests/sparda_jax/test_golden_decode.py": (
         r".*\[minicpm (L660_T140 sparda|L600_T140_greedy sparse|L20.*|L560.*) \w+\]",
         r".*\[minicpm (L600_T70.*|L592.*) \w+\]",
-        r".*\[nosa (L660_T140 (dense|sparda)|L600.*|L20.*|L560.*|L592_T40_B2 sparse) \w+\]",
+        r".*\[nosa (L660_T140 (dense|sparda)|L600.*|L20.*|L560.*|L592.*) \w+\]",
         r"test_greedy_tokens_.*\[nosa\]",
     ),
     "tests/sparda_jax/test_golden_prefill.py": (
+        r"test_(scores_of_pooled_keys|block_scores)_are_the_originals\[.* (20|1001) tokens-.*\]",
         r".*\[nosa .*-(dense|sparse)\]",
         r".*\[minicpm .*-dense\]",
         r"test_token_importance_.*\[\d+-(sparse|dense)\]",
@@ -34,9 +35,8 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_block_scores_and_choices_.*\[(decode[124]|prefill[1245])\]",
     ),
     "tests/sparda_jax/training/test_golden_training.py": (
-        r"test_(three_steps_of_adamw|the_first_step)_.*\[(nosa 2/1|minicpm 32/16)\]",
-        r"test_three_steps_of_adamw_.*\[nosa 32/16\]",
-        r"test_the_first_step_.*\[minicpm 2/1\]",
+        r"test_the_first_step_.*\[(nosa 2/1|minicpm .*)\]",
+        r"test_three_steps_of_adamw_.*",
         r"test_rounded_scores_route_.*",
         r"test_the_mean_alignment_.*",
         r"test_the_loss_of_given_.*\[k(2s1_mean|4s2_max)\]",
@@ -45,14 +45,16 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_decode_steps_.*\[(sparse-minicpm|.*-nosa)\]",
     ),
     "tests/sparda_jax/weights/test_huggingface.py": (
+        r"test_a_golden_model_gives_the_originals_logits\[minicpm\]",
         r"test_dense_logits_.*\[(llama_group_[14]|llama_linear|llama_3|longrope_plain)\]",
         r"test_loading_needs_the_model_and_two_of_its_largest_tensor",
         r"test_a_mesh_spreads_what_it_divides_and_says_what_it_copies",
         r"test_a_selector_given_at_loading_.*",
     ),
     "tests/sparda_jax/test_decode_staged.py": (
-        r"test_offloaded_generation_.*\[(minicpm-5-device_put|nosa-6-in_graph)\]",
-        r"test_layers_that_choose_for_themselves_.*\[late-sparda\]",
+        r"test_(steps_reuse_their_programs|a_step_without_missing_blocks)_.*",
+        r"test_offloaded_generation_.*\[(minicpm-5-device_put|nosa-.*)\]",
+        r"test_layers_that_choose_for_themselves_.*",
         r"test_bfloat16_is_bit_equal_too",
         r"test_device_memory_grows_.*\[in_graph\]",
         r"test_the_host_holds_every_.*\[device_put\]",
@@ -72,19 +74,23 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_masked_attention_of_ragged_rows_is_that_of_loops",
     ),
     "tests/sparda_jax/test_model.py": (
-        r"test_(bfloat16_stays|gradients_under_a_mask)_.*\[minicpm\]",
+        r"test_bfloat16_stays_.*",
+        r"test_gradients_under_a_mask_.*\[minicpm\]",
         r"test_choosing_every_block_.*\[(minicpm-sparda-gather|nosa-sparse-gather)\]",
         r"test_the_decoder_is_the_one_.*\[(nosa-(dense|sparse)|minicpm-sparda)-False\]",
         r"test_gathering_and_masking_.*\[minicpm-(dense|sparse)\]",
         r"test_recomputing_layers_changes_no_gradient",
-        r"test_full_size_models_.*\[nosa.*\]",
+        r"test_full_size_models_.*",
         r"test_a_ragged_batch_chooses_.*\[(minicpm-sparda|nosa-sparse)\]",
     ),
     "tests/sparda_jax/test_prefill.py": (
+        r"test_chunks_hold_short_prompts_and_cap_long_ones",
         r"test_chunks_give_.*\[(nosa|dense)-8\]",
         r"test_the_last_logits_.*\[(nosa|dense)\]",
     ),
     "tests/sparda_jax/test_session.py": (
+        r"test_prompts_shorter_than_dense_below_are_dense_.*",
+        r"test_the_books_(do_not_pile_up|are_kept)_.*",
         r"test_another_selector_may_rank_for_the_prompt",
         r"test_prompts_prefilled_in_groups_.*\[resident\]",
         r"test_longrope_takes_the_factors_of_what_a_row_may_reach",
@@ -92,7 +98,7 @@ WIDE: dict[str, tuple[str, ...]] = {
     ),
     "tests/sparda_jax/kv/test_pack.py": (
         r"test_a_request_of_a_batcher_.*",
-        r"test_both_ways_to_fetch_.*\[float8_e4m3fn\]",
+        r"test_both_ways_to_fetch_.*",
         r"test_what_is_fetched_.*\[(in_graph-float8_e4m3fn|device_put-int8)\]",
         r"test_a_block_that_never_left_.*\[device_put\]",
     ),
@@ -102,9 +108,11 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_an_interrupt_unlocks\[with .*\]",
     ),
     "tests/sparda_jax/evaluation/test_perplexity.py": (
+        r"test_batches_add_up",
         r"test_every_token_has_the_likelihood_.*\[(dense|sparse)\]",
     ),
     "tests/sparda_jax/evaluation/test_recall.py": (
+        r"test_recall_and_overlap_lie_.*\[forecast\]",
         r"test_selectors_need_different_names",
         r"test_a_model_with_token_importance_is_measured_by_.*",
     ),
@@ -136,6 +144,7 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"|a chunk of repeated queries|a chunk at the beginning)\]",
     ),
     "tests/pallas_kernels/test_append_kv.py": (
+        r"test_the_measured_cases_run_where_there_is_no_gpu",
         r"test_the_(interpreted_kernel|reference)_has_.*\[(bfloat16 rotated in bfloat16"
         r"|no other heads|no bias|windows side by side|windows of one key"
         r"|fewer other heads than KV heads)\]",
@@ -150,6 +159,8 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"|more slots than blocks|a ragged batch)\]",
     ),
     "tests/pallas_kernels/test_select_blocks.py": (
+        r"test_the_reference_is_the_choice_.*\[(one query|every score equal|only pinned blocks"
+        r"|fewer blocks than are selected|a row of several vectors)\]",
         r"test_the_kernel_makes_.*\[(one query|every score equal|infinite scores"
         r"|fewer blocks than are selected|only pinned blocks|most blocks unscored)\]",
     ),
@@ -179,12 +190,15 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_training_changes_the_heads_on_the_disk_and_nothing_else",
     ),
     "tests/experiments/test_exam.py": (
+        r"test_the_choices_of_the_first_row_are_kept",
         r"test_other_heads_rank_on_the_states_of_the_first_model",
         r"test_(bits_per_byte_agree_with_perplexity|a_short_last_batch_changes_nothing)",
     ),
     "tests/experiments/test_load_8b.py": (r"test_a_run_leaves_a_record_and_no_checkpoint",),
     "tests/sparda_jax/test_parity.py": (r"test_the_fast_engines_prefill_is_.*",),
     "tests/sparda_jax/training/test_step.py": (
+        r"test_evaluation_gives_the_metrics_.*",
+        r"test_the_sums_of_a_ragged_batch_.*",
         r"test_fifty_steps_lower_the_loss_and_raise_the_recall",
         r"test_how_blocks_are_read_.*",
         r"test_each_loss_reaches_one_weight_as_differentiation_says",
@@ -199,6 +213,8 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"\[(random|previous_query)\]",
     ),
     "tests/experiments/test_bench_decode.py": (
+        r"test_the_record_keeps_rows_of_other_cells",
+        r"test_a_drift_goes_round_.*",
         r"test_every_method_gives_rows",
         r"test_more_slots_never_miss_more_on_the_shipped_model",
         r"test_packed_records_move_a_quarter_.*",
@@ -224,6 +240,12 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_a_request_draws_by_its_number_whoever_shares_the_batch",
     ),
     "tests/sparda_jax/test_rope.py": (r"test_rotations_are_one_function_of_device_arrays",),
+    "tests/pallas_kernels/test_op_folders.py": (
+        r"test_the_real_cases_are_lowered_for_cuda\[sparse_attention-mosaic_gpu\]",
+    ),
+    "tests/sparda_jax/selectors/test_nosa.py": (r"test_the_published_budget_.*",),
+    "tests/sparda_jax/test_shipped.py": (r"test_what_is_saved_is_loaded_bit_for_bit\[float32\]",),
+    "tests/sparda_jax/test_tracking.py": (r"test_tensorboard_files_are_written_.*",),
 }
 
 
