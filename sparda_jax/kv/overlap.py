@@ -55,8 +55,8 @@ def fetch_first[X, F](x: X, fetched: F) -> tuple[X, F]:
 def begin_graph[X](x: X, step: Int[Array, ""]) -> tuple[X, Int[Array, ""]]:
     """Make XLA begin another graph of commands here: it records no loop into one.
 
-    A launch takes milliseconds where a graph has hundreds of branches, and the device waits for all
-    of it but the first few commands. The launch of a second graph runs while the first computes.
+    A launch takes milliseconds where a graph has hundreds of branches, and the device has only the
+    first few commands until it is over. The launch of a second graph runs while the first computes.
 
     Args:
         x: what the rest of the program computes on.
