@@ -26,6 +26,7 @@ from sparda_jax.decode_layer import (
     Begun,
     Now,
     begin_layer,
+    choices_made_at,
     finish_layer,
     open_step,
     resident_places,
@@ -59,7 +60,8 @@ class Way:
             its own fetch, for comparison.
         writes_host: a kernel writes completed blocks to the host; else the step returns them.
         host_dtype: of the numbers on the host; `None` takes the model's.
-        graphs: that a GPU runs the step as, each of its share of the layers; see `begin_graph`.
+        graphs: that a GPU runs a step of concurrent commands as, each of its share of the layers;
+            see `begin_graph`.
     """
 
     plan: Plan
@@ -70,11 +72,16 @@ class Way:
     graphs: int = 1
 
     @property
+    def is_concurrent(self) -> bool:
+        """Whether a layer chooses for a later one, which is done beside the layer's own work."""
+        layers = range(self.plan.config.layers)
+        return any(max(choices_made_at(self.plan, layer), default=0) > layer for layer in layers)
+
+    @property
     def cuts(self) -> frozenset[int]:
         """The layers that begin another graph."""
-        layers = self.plan.config.layers
-        cuts = (layers * part // self.graphs for part in range(1, self.graphs))
-        return frozenset(cuts) - {0}
+        layers, graphs = self.plan.config.layers, self.graphs if self.is_concurrent else 1
+        return frozenset(layers * part // graphs for part in range(1, graphs)) - {0}
 
 
 @typing.no_type_check
@@ -246,6 +253,7 @@ def run_step(
         active: rows that take part.
     """
     x, now = open_step(model, tokens, active, state.lengths, state.reach, state.step)
+    cuts = way.cuts
     blocks = _Blocks(way, state, now)
     if way.is_offloaded:
         blocks = _OffloadedBlocks(way, state, now, active, records)
@@ -254,7 +262,7 @@ def run_step(
     layers, counts = [], []
     mark = state.step
     for layer, block in enumerate(model.layers):
-        if layer in way.cuts:
+        if layer in cuts:
             x, mark = begin_graph(x, mark)
         with jax.named_scope(f"layer_{layer}"):
             begun, summary, chosen, waiting = begin_layer(
@@ -282,7 +290,7 @@ def run_step(
         layers=layers,
         lengths=jnp.where(active, state.lengths + 1, state.lengths),
         reach=state.reach,
-        step=mark + 1 - len(way.cuts),
+        step=mark + 1 - len(cuts),
         receipt=jnp.sum(jnp.stack(blocks.receipts), axis=0) if blocks.receipts else None,
     )
     return after, Stepped(
@@ -293,9 +301,9 @@ def run_step(
     )
 
 
-def _options() -> dict[str, typing.Any]:
+def _options(way: Way) -> dict[str, typing.Any]:
     """Give the compiler options of a step: bf16 rounds as written, fetches run beside matmuls."""
-    return EXACT | (compiler_options() or {})
+    return EXACT | (compiler_options(is_concurrent=way.is_concurrent) or {})
 
 
 @functools.lru_cache(maxsize=32)
@@ -307,7 +315,7 @@ def step_program(layout: Layout, way: Way) -> Callable:
     ) -> tuple[KVState, Stepped]:
         return run_step(layout.merge(parts), way, state, records, tokens, active)
 
-    return jax.jit(run, donate_argnums=0, compiler_options=_options())
+    return jax.jit(run, donate_argnums=0, compiler_options=_options(way))
 
 
 @functools.lru_cache(maxsize=32)
@@ -324,7 +332,7 @@ def draw_program(layout: Layout, way: Way, draw: Draw) -> Callable:
         return state, rows, drawn, done.counts, done.tails
 
     # What is donated keeps its address: a recorded graph of commands has less to update.
-    return jax.jit(run, donate_argnums=(0, 1), compiler_options=_options())
+    return jax.jit(run, donate_argnums=(0, 1), compiler_options=_options(way))
 
 
 class Decoder:

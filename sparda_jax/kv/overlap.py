@@ -8,6 +8,9 @@ with what was issued after it and does not need it, so it must come first in the
 barrier of `fetch_first` sees to that. What an order depends on must be in the data: concurrent
 commands know no other. Nor does XLA know that a kernel runs beside others: what a fetch reads is
 free for other results as soon as the fetch has been issued, unless `hold_lists` reads it later.
+
+Where nothing is fetched ahead there is little to overlap, and the branches of a graph cost its
+launch more than they save: such a program keeps its commands in a row.
 """
 
 import dataclasses
@@ -26,16 +29,25 @@ CONCURRENT_COMMANDS = {
 }
 """Compiler options of a program whose fetches are to overlap with its matmuls."""
 
+SERIAL_COMMANDS = CONCURRENT_COMMANDS | {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+"""The same where each command waits for the one before."""
+
 _GRAPHS = 2  # more were not faster: experiments/README.md
 
 
-def compiler_options() -> dict[str, str] | None:
-    """Give what `jax.jit` takes for such a program on the default device; only a GPU needs any."""
-    return dict(CONCURRENT_COMMANDS) if jax.default_backend() == "gpu" else None
+def compiler_options(*, is_concurrent: bool = True) -> dict[str, str] | None:
+    """Give what `jax.jit` takes for a program on the default device; only a GPU needs any.
+
+    Args:
+        is_concurrent: commands wait only for those that touch the same buffers.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    return dict(CONCURRENT_COMMANDS if is_concurrent else SERIAL_COMMANDS)
 
 
 def graphs_of_step() -> int:
-    """Tell how many graphs of commands a decode step is cut into; only a GPU has any."""
+    """Tell how many graphs a step of concurrent commands is cut into; only a GPU has any."""
     return _GRAPHS if jax.default_backend() == "gpu" else 1
 
 

@@ -207,6 +207,23 @@ def test_a_step_of_several_graphs_is_the_step_of_one(monkeypatch, graphs, cuts):
     assert decode.Way(plan=plan, graphs=graphs).cuts == cuts
 
 
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_without_a_choice_ahead_a_step_is_one_graph_of_commands_in_a_row(monkeypatch, mode):
+    monkeypatch.setattr("sparda_jax.kv.overlap.jax.default_backend", lambda: "gpu")
+    config = tiny_config(layers=4)
+    plans = [
+        make_plan(config, mode, max_length=64),
+        make_plan(config, "sparda", max_length=64),
+        make_plan(tiny_config(**NO_LOCAL), "sparda", max_length=64),  # scores when its turn comes
+    ]
+    ways = [decode.Way(plan=plan, graphs=2) for plan in plans]
+    assert [way.is_concurrent for way in ways] == [False, True, False]
+    assert [way.cuts for way in ways] == [frozenset(), {2}, frozenset()]
+    key = "xla_gpu_command_buffer_scheduling_mode"
+    modes = [decode._options(way)[key] for way in ways]
+    assert modes == ["SERIALIZE", "CONCURRENT", "SERIALIZE"]
+
+
 def test_without_a_choice_every_block_up_to_the_own_one_is_read():
     plan = make_plan(tiny_config(), "dense", max_length=64)
     positions = jnp.array([17, -1])

@@ -9,6 +9,7 @@ import pytest
 from sparda_jax.kv import overlap
 from sparda_jax.kv.overlap import (
     CONCURRENT_COMMANDS,
+    SERIAL_COMMANDS,
     begin_graph,
     compiler_options,
     fetch_first,
@@ -23,6 +24,7 @@ def test_only_a_gpu_gets_compiler_options(monkeypatch):
     monkeypatch.setattr(overlap.jax, "default_backend", lambda: "gpu")
     assert compiler_options() == CONCURRENT_COMMANDS
     assert compiler_options() is not CONCURRENT_COMMANDS
+    assert compiler_options(is_concurrent=False) == SERIAL_COMMANDS
 
 
 def test_the_fetch_and_the_work_pass_one_barrier_unchanged():
@@ -72,6 +74,8 @@ def test_the_tail_is_read_from_all_lists_of_the_fetch(lists):
 
 
 @pytest.mark.gpu
-def test_gpu_xla_knows_the_options():
-    run = jax.jit(lambda x: x @ x, compiler_options=compiler_options())
+@pytest.mark.parametrize("is_concurrent", [True, False])
+def test_gpu_xla_knows_the_options(is_concurrent):
+    options = compiler_options(is_concurrent=is_concurrent)
+    run = jax.jit(lambda x: x @ x, compiler_options=options)
     assert float(run(jnp.ones((64, 64)))[0, 0]) == 64.0
