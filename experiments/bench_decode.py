@@ -7,9 +7,9 @@
 
 One process per cell makes weights and host records once for all of its methods. Contexts are filled
 with random numbers instead of running a prompt. Choices drift by a stated number of new blocks a
-step (`decode_drift`); rows with `selections="trace"` say how many new blocks the shipped model
-chose on text that it never saw. The record is written after every row and keeps the rows of cells
-that did not run.
+step (`decode_drift`). Rows with `selections="trace"` follow how many new blocks the shipped model
+chose on text that it never saw (`decode_trace`), and those of the model `shipped` count them. The
+record is written after every row and keeps the rows of cells that did not run.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from experiments import records
 from experiments.decode_cells import Cell, parse_cell
 from experiments.decode_process import Row, Wanted, measure_cell
 from experiments.decode_timing import Effort
+from experiments.decode_trace import trace_rows
 from experiments.kernel_timing import is_healthy
 from sparda_jax.kv.pack import HostDtype
 
@@ -80,6 +81,7 @@ class Config:
             hidden share; resident methods take the first.
         slots: R; `None` takes a third more than a choice.
         host_dtype: of K and V on the host of offloaded methods; `None` takes the model's.
+        trace: what `decode_trace` recorded; a row more of each offloaded method follows it.
         steps: timed in one sample.
         repeats: samples of a row; the median counts.
         warm_up: steps before the first timed one.
@@ -99,6 +101,7 @@ class Config:
     new_blocks: tuple[int, ...] = (4, 8, 1, 2, 16)
     slots: int | None = None
     host_dtype: HostDtype | None = None
+    trace: pathlib.Path | None = None
     steps: int = 64
     repeats: int = 3
     warm_up: int = 8
@@ -122,6 +125,7 @@ class Config:
             host_dtype=self.host_dtype,
             host_gb=self.host_gb,
             is_tiny=self.tiny,
+            trace=self.trace,
         )
 
 
@@ -260,8 +264,6 @@ def _measure(config: Config, cell: Cell | None) -> Iterator[tuple[str, Row | Non
     if cell is not None:
         yield from measure_cell(cell, config.wanted)
         return
-    from experiments.decode_trace import trace_rows
-
     for row in trace_rows(is_tiny=config.tiny):
         yield TRACE, row
 

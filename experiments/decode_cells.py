@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from experiments.decode_drift import DriftSelector, DriftSummary
+from experiments.decode_drift import DriftSelector
 from sparda_jax.chunk import Plan, make_plan
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.kv.host import HostKV, record_bytes
@@ -286,8 +286,8 @@ def _layer_state(
         )
         leaves, tree = jax.tree.flatten(shapes)
         filled = [_fill(jax.random.fold_in(keys[1], i), leaf) for i, leaf in enumerate(leaves)]
-        start = jnp.stack([layer, jnp.int32(setting.context), jnp.int32(0), jnp.int32(0)])
-        summary = DriftSummary(inner=jax.tree.unflatten(tree, filled), drift=start)
+        inner = jax.tree.unflatten(tree, filled)
+        summary = selector.stand_still(inner, layer, batch, setting.capacity)
         if is_offloaded:
             pool = SlotPool(*selector.seed(layer, batch, num_blocks, slots))
     if config.token_importance:

@@ -1,10 +1,11 @@
 # Copyright 2026 The sparda_jax authors
 # SPDX-License-Identifier: Apache-2.0
-"""Choices that drift: exactly n new blocks a step, whatever the weights are.
+"""Choices that drift: exactly so many new blocks in each step, whatever the weights are.
 
 Random weights rank blocks at random, and then every step would choose other ones. Here the blocks
 that a run never pins stand on a cycle, scattered and turned anew for each layer, row and head; the
-hot ones are a window on it that moves by n places a step. The true scores are computed all the
+hot ones are a window on it that moves by as many places in a step as blocks are to be new: by n, or
+by what was counted elsewhere (`decode_trace`). The true scores are computed all the
 same, and the hot blocks are lifted above them by a constant that the compiler does not see through.
 The block after the window was hot one whole turn ago, so it is in no slot.
 """
@@ -34,12 +35,13 @@ class DriftSummary:
 
     Attributes:
         inner: of the inner selector.
-        drift: the layer, the position where this drift begins, the place of the window there, and
-            the new blocks per step.
+        begin: the layer, and the position where this drift begins.
+        window: the place of the window at that position and at each one after it.
     """
 
     inner: KeySummary
-    drift: Int[Array, " 4"]
+    begin: Int[Array, " 2"]
+    window: Int[Array, "steps B K"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,7 +157,25 @@ class DriftSelector:
     def init_summary(self, batch: int, capacity: int, dtype: str) -> DriftSummary:
         """Make the inner summary, of layer 0 and without drift."""
         inner = self.inner.init_summary(batch, capacity, dtype)
-        return DriftSummary(inner=inner, drift=jnp.array([0, self.context, 0, 0], jnp.int32))
+        return self.stand_still(inner, jnp.int32(0), batch, capacity)
+
+    def stand_still(
+        self, inner: KeySummary, layer: Int[Array, ""], batch: int, capacity: int
+    ) -> DriftSummary:
+        """Make the summary of a layer whose window does not move.
+
+        Args:
+            inner: of the inner selector.
+            layer: whose summary.
+            batch: B.
+            capacity: tokens of room for each row; beyond it the window has no place.
+        """
+        steps = max(capacity - self.context, 1)
+        return DriftSummary(
+            inner=inner,
+            begin=jnp.stack([layer, jnp.int32(self.context)]),
+            window=jnp.zeros((steps, batch, self.config.kv_heads), jnp.int32),
+        )
 
     def extend_summary(
         self,
@@ -166,7 +186,7 @@ class DriftSelector:
     ) -> DriftSummary:
         """Add new keys to the inner summary."""
         inner = self.inner.extend_summary(summary.inner, k, positions, importance)
-        return DriftSummary(inner=inner, drift=summary.drift)
+        return dataclasses.replace(summary, inner=inner)
 
     def probe(
         self,
@@ -190,9 +210,10 @@ class DriftSelector:
     ) -> Float[Array, "B T K M"]:
         """Score by the inner selector, and lift what the window holds at these positions."""
         scores = self.inner.score_blocks(probe, summary.inner, positions, lengths, num_blocks)
-        layer, start, begin, new = summary.drift
+        layer, start = summary.begin
         place, is_on = self.place(layer, positions.shape[0], num_blocks)
-        moved = (begin + new * (positions - start))[:, :, None, None]
-        rank = (place[:, None] - moved) % self.turn
+        step = jnp.clip(positions - start, 0, summary.window.shape[0] - 1)
+        window = summary.window[step, jnp.arange(step.shape[0])[:, None]]  # [B T K]
+        rank = (place[:, None] - window[..., None]) % self.turn
         hot = is_on[None, None, None, :] & (rank < self.hot)
         return scores + jnp.where(hot, jnp.float32(LIFT), jnp.float32(0.0))

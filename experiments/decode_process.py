@@ -9,6 +9,7 @@ why, and the next one runs.
 import contextlib
 import dataclasses
 import gc
+import pathlib
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ from experiments.decode_cells import (
 from experiments.decode_compile import Ahead
 from experiments.decode_drift import DriftSelector
 from experiments.decode_timing import (
+    Drift,
     Effort,
     FetchAlone,
     Floor,
@@ -46,6 +48,7 @@ from experiments.decode_timing import (
     measure_floor,
     read_bytes,
 )
+from experiments.decode_trace import load_trace, spread
 from sparda_jax.capacity import free_device_bytes
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV, record_bytes
@@ -71,6 +74,7 @@ class Wanted:
         host_dtype: of K and V on the host; `None` takes the model's.
         host_gb: records that the host has room for.
         is_tiny: a model that runs on any CPU.
+        trace: new blocks on real text, which offloaded methods are also measured with.
     """
 
     effort: Effort = dataclasses.field(default_factory=Effort)
@@ -79,6 +83,7 @@ class Wanted:
     host_dtype: HostDtype | None = None
     host_gb: float = 100.0
     is_tiny: bool = False
+    trace: pathlib.Path | None = None
 
 
 class Bench:
@@ -245,18 +250,34 @@ class Bench:
             began = runner.compile() + self._compile_seconds.get(method.name, 0.0)
             first = first | {"compile_s": round(began, 1)}
             self.say(f"{method.name}: first step after {first['compile_s']} s")
-            drifts = drifts_of(method, self._wanted.new_blocks)
-            alone = FetchAlone(host, setting, max(drifts)) if host is not None else None
+            drifts: list[Drift] = [*drifts_of(method, self._wanted.new_blocks)]
+            if method.is_offloaded and self._wanted.trace is not None:
+                drifts.append(self._trace(method, setting, self._wanted.trace))
             found = runner.measure(drifts, self._wanted.effort)
-            for new, steps in zip(drifts, found, strict=True):
-                row = first | {"new_blocks_per_step": new}
+            layers, pools = setting.config.layers, setting.batch * setting.config.kv_heads
+            blocks = [round(steps.fetched / layers) for steps in found]
+            alone = FetchAlone(host, setting, -(-max(blocks) // pools)) if host else None
+            for drift, steps, fetched in zip(drifts, found, blocks, strict=True):
+                row = first | {"new_blocks_per_step": drift}
+                if not isinstance(drift, int):
+                    row = first | {"new_blocks_per_step": None, "selections": "trace"}
                 row |= self._numbers(method, setting, floor, steps)
                 if alone is not None:
-                    row |= self._fetch_numbers(steps, found[0], alone.seconds(runner, new))
+                    row |= self._fetch_numbers(steps, found[0], alone.seconds(runner, fetched))
                 held = device_bytes(self.weights()[1], runner.decoder.state)
                 yield row | {"device_bytes": held, "status": "ok"}
         finally:
             runner.decoder.close()
+
+    def _trace(self, method: Method, setting: Setting, path: pathlib.Path) -> Drift:
+        config = setting.config
+        return spread(
+            load_trace(path, method.mode),
+            layers=config.layers,
+            batch=setting.batch,
+            kv_heads=config.kv_heads,
+            steps=setting.capacity - setting.context,
+        )
 
     def start(self, method: Method, setting: Setting) -> Runner:
         """Make a decoder at the end of the context; whoever asks closes it."""

@@ -26,6 +26,9 @@ from sparda_jax.kv.state import LayerKV
 from sparda_jax.parts import Layout, Parts, commit
 from sparda_jax.sampling import Draw, Rows
 
+Drift = int | Int[np.ndarray, "steps L B K"]
+"""New blocks: so many in every step, or these in each step, layer, row and head."""
+
 _COPIED = 1 << 28  # bytes of the array that measures the copy bandwidth
 _HOST_STEPS = 8
 
@@ -80,8 +83,10 @@ class Runner:
     def __init__(self, decoder: Decoder, setting: Setting, drifting: DriftSelector | None) -> None:
         self.decoder = decoder
         self._setting, self._drifting = setting, drifting
-        self._begin = self._new = self._done = 0
-        batch = setting.batch
+        batch, config = setting.batch, setting.config
+        steps = setting.capacity - setting.context
+        self._window = np.zeros((steps, config.layers, batch, config.kv_heads), np.int64)
+        self._done = 0
         self._tokens: Int[Array, " B"] = jnp.zeros((batch,), jnp.int32)  # the last that were drawn
         self._rows = Rows(
             tokens=jnp.zeros((batch,), jnp.int32),
@@ -90,24 +95,31 @@ class Runner:
             requests=jnp.arange(batch, dtype=jnp.int32),
         )
 
-    def restart(self, new_blocks: int) -> None:
+    def restart(self, drift: Drift) -> None:
         """Go back to the first position; the window stays where it is and drifts on.
 
         Args:
-            new_blocks: per step, from the second step on.
+            drift: new blocks, from the second step on.
 
         Raises:
-            ValueError: more than a choice has.
+            ValueError: more than a choice has, or of fewer steps than the rows have room for.
         """
         state, batch = self.decoder.state, self._setting.batch
         layers = state.layers
         if self._drifting is not None:
-            if new_blocks > self._drifting.hot:
-                raise ValueError(f"{new_blocks=} must be at most {self._drifting.hot}")
-            self._begin = (self._begin + self._new * self._done) % self._drifting.turn
-            drift = (self._setting.context, self._begin, new_blocks)
-            layers = [redirect(kv, (layer, *drift)) for layer, kv in enumerate(layers)]
-        self._new, self._done = new_blocks, 0
+            window = self._window
+            steps = window.shape[0] - 1
+            if (most := int(np.max(drift))) > self._drifting.hot:
+                raise ValueError(f"{most} new blocks must be at most {self._drifting.hot}")
+            if isinstance(drift, np.ndarray) and drift.shape[0] < steps:
+                raise ValueError(f"{drift.shape[0]=} must be at least {steps}, the room for steps")
+            new = np.broadcast_to(
+                drift if isinstance(drift, int) else drift[:steps], window[1:].shape
+            )
+            stands = window[min(self._done, steps)] % self._drifting.turn
+            self._window = np.concatenate([stands[None], stands + np.cumsum(new, axis=0)])
+            layers = [redirect(kv, self._window[:, layer]) for layer, kv in enumerate(layers)]
+        self._done = 0
         lengths = jnp.full((batch,), self._setting.context, jnp.int32)
         fresh = dataclasses.replace(state, layers=layers, lengths=lengths)
         self.decoder.state = commit(fresh, state)  # else the step would be compiled again
@@ -130,22 +142,22 @@ class Runner:
         self.wait()
         return time.perf_counter() - begun
 
-    def measure(self, drifts: Sequence[int], effort: Effort) -> list[Steps]:
+    def measure(self, drifts: Sequence[Drift], effort: Effort) -> list[Steps]:
         """Time steps with every drift, each sample from the first position on.
 
         A round takes one sample of each drift, so that a machine that is slow for some seconds
         spoils a round and not a drift.
 
         Args:
-            drifts: new blocks per step.
+            drifts: new blocks.
             effort: how many steps and rounds.
         """
         seconds: list[list[list[float]]] = [[] for _ in drifts]
         counts: list[list[np.ndarray]] = [[] for _ in drifts]
         calls: list[list[float]] = [[] for _ in drifts]
         for _ in range(effort.repeats):
-            for row, new_blocks in enumerate(drifts):
-                self.restart(new_blocks)
+            for row, drift in enumerate(drifts):
+                self.restart(drift)
                 for _ in range(effort.warm_up):
                     self.advance()
                 self.wait()
@@ -190,11 +202,11 @@ class Runner:
         return float(np.median(found))
 
 
-def redirect(kv: LayerKV, drift: tuple[int, ...]) -> LayerKV:
-    """Let the choices of a layer drift in another way, as `DriftSummary.drift` says."""
+def redirect(kv: LayerKV, window: Int[np.ndarray, "steps B K"]) -> LayerKV:
+    """Let the choices of a layer drift in another way, as `DriftSummary.window` says."""
     assert isinstance(kv.summary, DriftSummary)  # what a `DriftSelector` keeps
-    summary = dataclasses.replace(kv.summary, drift=jnp.array(drift, jnp.int32))
-    return dataclasses.replace(kv, summary=summary)
+    moved = jnp.asarray(window, jnp.int32)
+    return dataclasses.replace(kv, summary=dataclasses.replace(kv.summary, window=moved))
 
 
 def multiply_all(layout: Layout, parts: Parts, x: Float[Array, "B 1 D"]) -> list[Array]:
@@ -281,12 +293,11 @@ class FetchAlone:
     Args:
         host: the records.
         setting: the sizes.
-        most: blocks per (layer, row, head) at most.
+        most: blocks of a layer at most, for each (row, head).
     """
 
     def __init__(self, host: HostKV, setting: Setting, most: int) -> None:
         config, lanes = setting.config, setting.batch * setting.config.kv_heads
-        self._lanes = lanes
         layers = range(config.layers)
         self._records = [host.operand(layer) for layer in layers]
         rng = np.random.default_rng(3)
@@ -326,16 +337,16 @@ class FetchAlone:
 
         self._program = jax.jit(run, donate_argnums=0)
 
-    def seconds(self, runner: Runner, new_blocks: int) -> float:
-        """Time the gathers of `new_blocks` per (layer, row, head).
+    def seconds(self, runner: Runner, blocks: int) -> float:
+        """Time the gathers of as many blocks in every layer.
 
         Args:
             runner: whose slots are filled; what its pools say of them is no longer true.
-            new_blocks: at most `most`.
+            blocks: of a layer, all rows and heads; at most `most` for each of them.
         """
-        if new_blocks == 0:
+        if blocks == 0:
             return 0.0
-        count = jnp.array([new_blocks * self._lanes], jnp.int32)
+        count = jnp.array([blocks], jnp.int32)
         decoder = runner.decoder
         slots = [kv.slots for kv in decoder.state.layers]
         scales = [kv.scales for kv in decoder.state.layers]

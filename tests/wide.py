@@ -217,6 +217,7 @@ WIDE: dict[str, tuple[str, ...]] = {
         r"test_a_drift_goes_round_.*",
         r"test_every_method_gives_rows",
         r"test_more_slots_never_miss_more_on_the_shipped_model",
+        r"test_a_trace_is_written_.*",
         r"test_packed_records_move_a_quarter_.*",
         r"test_every_step_misses_exactly_.*\[minicpm4_1_8b-sparda_offload\]",
         r"test_a_profile_of_a_machine_without_kernels_is_idle",

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_decode, collect, decode_process, decode_profile, records
+from experiments import (
+    bench_decode,
+    collect,
+    decode_process,
+    decode_profile,
+    decode_trace,
+    records,
+)
 from experiments.bench_decode import Config, main
 from experiments.decode_cells import (
     METHODS,
@@ -37,7 +44,7 @@ from experiments.decode_timing import (
     multiply_all,
     read_bytes,
 )
-from experiments.decode_trace import SLOTS, replay, trace_rows
+from experiments.decode_trace import SLOTS, load_trace, replay, spread, trace_rows
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV
 from sparda_jax.selectors import resolve
@@ -165,8 +172,20 @@ def test_a_context_that_cannot_drift_is_refused():
 
 def test_more_new_blocks_than_a_choice_has_are_refused(running):
     runner, _, _ = running("minicpm4_1_8b", "sparda_offload")
-    with pytest.raises(ValueError, match=r"new_blocks=20 must be at most 19"):
+    with pytest.raises(ValueError, match="20 new blocks must be at most 19"):
         runner.restart(20)
+    with pytest.raises(ValueError, match=r"drift.shape\[0\]=3 must be at least 63"):
+        runner.restart(np.ones((3, 2, 2, 2), int))
+
+
+def test_a_drift_may_differ_by_step_layer_row_and_head(running):
+    runner, setting, _ = running("minicpm4_1_8b", "sparda_offload")
+    steps = setting.capacity - setting.context
+    drift = np.random.default_rng(4).integers(20, size=(steps, 2, 2, 2))
+    for _ in range(2):  # the second begins where the first has stopped
+        runner.restart(drift)
+        counts = counts_of(runner, 20)
+        np.testing.assert_array_equal(counts[1:, :, 1], drift[:19].sum(axis=(2, 3)))
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -274,17 +293,85 @@ def test_a_replay_fetches_what_is_in_no_slot():
     ids = [[0, 1, 9], [0, 2, 9], [0, 1, 9], [0, 3, 9], [0, 2, 9], [1, 9, -1]]
     choices = jnp.array(ids)[:, None, None, :]
     own = jnp.full((6, 1), 9)
-    counts = np.asarray(replay(choices, own, slots=4, num_blocks=10))
+    counts, each = map(np.asarray, replay(choices, own, slots=4, num_blocks=10))
     # the own block 9 is never fetched; 3 takes the slot of 2, 2 that of 1, 1 that of 3
     np.testing.assert_array_equal(counts[:, 1], [2, 1, 0, 1, 1, 1])
     np.testing.assert_array_equal(counts[:, 2], [0, 0, 0, 1, 1, 1])
-    few = np.asarray(replay(choices, own, slots=3, num_blocks=10))
+    np.testing.assert_array_equal(each[:, 0, 0], counts[:, 1])
+    few, _ = replay(choices, own, slots=3, num_blocks=10)
     np.testing.assert_array_equal(few[:, 1], [2, 1, 1, 1, 1, 1])
 
 
+def test_a_replay_counts_each_pool_by_itself():
+    ids = jnp.array([[[0, 1, 9], [2, 3, 9]], [[0, 1, 9], [0, 3, 9]], [[2, 4, 9], [0, 3, 9]]])
+    choices = jnp.stack([ids, ids[::-1]], axis=1)  # [steps lanes K J]
+    counts, each = replay(choices, jnp.full((3, 2), 9), slots=4, num_blocks=10)
+    np.testing.assert_array_equal(each[:, 0], [[2, 2], [0, 1], [2, 0]])
+    np.testing.assert_array_equal(each[:, 1], [[2, 2], [2, 0], [0, 1]])
+    np.testing.assert_array_equal(np.sum(each, axis=(1, 2)), counts[:, 1])
+
+
+def test_a_trace_is_dealt_by_depth_and_in_stretches():
+    step, layer, document, head = np.ogrid[:50, :4, :3, :2]
+    fetched = 1000 * step + 100 * layer + 10 * document + head
+    dealt = spread(fetched, layers=8, batch=5, kv_heads=2, steps=12)
+    assert dealt.shape == (12, 8, 5, 2)
+    np.testing.assert_array_equal(np.diff(dealt, axis=0), 1000)
+    np.testing.assert_array_equal(dealt[0, :, :, 1] % 10, 1)
+    assert (dealt[0, ..., 0] // 100 % 10 == np.repeat(range(4), 2)[:, None]).all()
+    assert len(np.unique(dealt[0, ..., 0] // 1000)) > 10  # where the stretches begin
+    assert set(np.unique(dealt // 10 % 10)) == {0, 1, 2}
+    wide = spread(fetched, layers=4, batch=1, kv_heads=4, steps=50)
+    np.testing.assert_array_equal(wide % 10, np.broadcast_to([0, 1, 0, 1], wide.shape))
+    with pytest.raises(ValueError, match="a trace of 50 steps is too short for 51"):
+        spread(fetched, layers=4, batch=1, kv_heads=2, steps=51)
+
+
+def test_a_missing_trace_says_how_to_make_it(tmp_path):
+    path = tmp_path / "trace.npz"
+    with pytest.raises(FileNotFoundError, match=r"python -m experiments\.decode_trace --out"):
+        load_trace(path, "sparda")
+    np.savez(path, sparda=np.ones((2, 1, 1, 1), int))
+    assert load_trace(path, "sparda").shape == (2, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"has traces of \['sparda'\], none of 'sparse'"):
+        load_trace(path, "sparse")
+
+
+def test_the_rows_that_follow_a_trace_fetch_what_it_says(tmp_path):
+    path = tmp_path / "trace.npz"
+    rng = np.random.default_rng(5)
+    trace = np.where(rng.random((60, 2, 3, 2)) < 0.2, rng.integers(20, size=(60, 2, 3, 2)), 0)
+    np.savez(path, sparda=trace)
+    cell = parse_cell("B2 768", ("sparda_offload",))
+    effort = Effort(warm_up=1, steps=3, repeats=1)
+    wanted = Wanted(effort=effort, new_blocks=(2,), is_tiny=True, trace=path)
+    rows = [row for _, row in measure_cell(cell, wanted) if row is not None]
+    named = [(row["selections"], row["new_blocks_per_step"], row["status"]) for row in rows]
+    assert named == [("drift", 0, "ok"), ("drift", 2, "ok"), ("trace", None, "ok")]
+    dealt = spread(trace, layers=2, batch=2, kv_heads=2, steps=16)
+    assert rows[2]["misses"] == pytest.approx(dealt[:4].sum(axis=(1, 2, 3)).mean() / 8)
+    assert rows[2]["fetch_ms"] > 0.0
+
+
 @pytest.mark.slow
-def test_more_slots_never_miss_more_on_the_shipped_model():
-    rows = list(trace_rows(is_tiny=True))
+def test_a_trace_is_written_and_is_what_the_pools_fetched(rows_of_trace, tmp_path, capsys):
+    decode_trace.main(decode_trace.Config(out=tmp_path / "new" / "trace.npz", tiny=True))
+    assert "sparda: " in capsys.readouterr().out
+    trace = load_trace(tmp_path / "new" / "trace.npz", "sparda")
+    assert trace.shape == (36, 8, 1, 2)
+    misses = {row["slots"]: row["misses"] for row in rows_of_trace[:4]}  # of sparda
+    fewer, more = misses[40], misses[48]
+    assert fewer >= trace.mean() >= more > 0.0
+
+
+@pytest.fixture(scope="module")
+def rows_of_trace():
+    return list(trace_rows(is_tiny=True))
+
+
+@pytest.mark.slow
+def test_more_slots_never_miss_more_on_the_shipped_model(rows_of_trace):
+    rows = rows_of_trace
     assert [row["slots"] for row in rows] == [*SLOTS, *SLOTS]
     assert all(set(bench_decode.KEY) <= set(row) for row in rows)
     for mine in (rows[:4], rows[4:]):
