@@ -248,7 +248,7 @@ def main(config: Config) -> None:
     """
     recorded = record_shipped(is_tiny=config.tiny)
     chosen = recorded.model.config.sparse.selected_blocks
-    traces = {}
+    traces: dict[str, Any] = {}
     for mode in recorded.choices:
         _, traces[mode] = recorded.fetched(mode, chosen + chosen // 3)
         mean, top = traces[mode].mean(), np.percentile(traces[mode], 99)
