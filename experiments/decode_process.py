@@ -256,7 +256,8 @@ class Bench:
             found = runner.measure(drifts, self._wanted.effort)
             layers, pools = setting.config.layers, setting.batch * setting.config.kv_heads
             blocks = [round(steps.fetched / layers) for steps in found]
-            alone = FetchAlone(host, setting, -(-max(blocks) // pools)) if host else None
+            most = -(-max(blocks) // pools)
+            alone = FetchAlone(host, setting, most) if host is not None else None
             for drift, steps, fetched in zip(drifts, found, blocks, strict=True):
                 row = first | {"new_blocks_per_step": drift}
                 if not isinstance(drift, int):

@@ -42,7 +42,8 @@ def test_fused_attention_and_its_gradients_agree_with_the_mask(key):
         assert float(error / jnp.linalg.norm(theirs.astype(jnp.float32))) < 1e-2
 
 
-def test_offloaded_is_resident_token_for_token_on_a_gpu():
+@pytest.mark.parametrize("mode", ["sparda", "sparse"])
+def test_offloaded_is_resident_token_for_token_on_a_gpu(mode):
     sparse = SparseConfig(
         block_size=16,
         pool_size=8,
@@ -54,7 +55,8 @@ def test_offloaded_is_resident_token_for_token_on_a_gpu():
     model = tiny_model(head_dim=32, sparse=sparse)  # shapes that the kernels take
     prompts = [(list(range(1, 60)) * 4)[:200], list(range(5, 25)), [7, 9]]
     runs = [
-        generate(model, prompts, max_new_tokens=120, kv=place) for place in ("resident", "offload")
+        generate(model, prompts, mode=mode, max_new_tokens=120, kv=place)
+        for place in ("resident", "offload")
     ]
     assert runs[0].tokens == runs[1].tokens
     assert runs[1].traffic.fetched.sum() > 0
