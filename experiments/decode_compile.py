@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.decode_cells import Method, Setting, make_state
-from sparda_jax.decode import Way, draw_program
+from sparda_jax.decode import draw_program
+from sparda_jax.decode_blocks import Way
 from sparda_jax.kv.overlap import graphs_of_step
 from sparda_jax.model import SpardaLM
 from sparda_jax.parts import Layout, Parts, cut

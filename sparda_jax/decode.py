@@ -7,13 +7,14 @@ for the next one becomes a fetch plan, and a kernel moves the missing records fr
 slots while this layer computes (`overlap` says how XLA is told). The state is donated; nothing
 comes to the host but what the caller reads of the results.
 
-`decode_staged.py` runs the same halves of a layer one after the other, for `fetch="device_put"`.
+`decode_blocks.py` says where blocks stand meanwhile. `decode_staged.py` runs the same halves of a
+layer one after the other, for `fetch="device_put"`.
 """
 
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,66 +23,21 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from sparda_jax.chunk import Plan
-from sparda_jax.decode_layer import (
-    Begun,
-    Now,
-    begin_layer,
-    choices_made_at,
-    finish_layer,
-    open_step,
-    resident_places,
-)
-from sparda_jax.kv.fetch_in_graph import completed_rows, fetch_records, store_completed
+from sparda_jax.decode_blocks import Blocks, OffloadedBlocks, Way
+from sparda_jax.decode_layer import Begun, Now, begin_layer, finish_layer, open_step
 from sparda_jax.kv.host import HostKV
 from sparda_jax.kv.overlap import (
     begin_graph,
     compiler_options,
     fetch_first,
     graphs_of_step,
-    hold_lists,
 )
-from sparda_jax.kv.pack import HostDtype
-from sparda_jax.kv.plan import FetchPlan, Places, plan_fetch
-from sparda_jax.kv.state import KVState, LayerKV, SlotPool, pack_tail, take_tail
+from sparda_jax.kv.plan import Places
+from sparda_jax.kv.state import KVState, LayerKV
 from sparda_jax.model import DecoderLayer, SpardaLM
 from sparda_jax.parts import EXACT, Layout, Parts, commit, without_heads
 from sparda_jax.sampling import Draw, Drawn, Rows, draw_tokens
 from sparda_jax.selectors import Probe
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """The static side of a step.
-
-    Attributes:
-        plan: which rule chooses, how wide.
-        is_offloaded: records in host memory, slots on the device.
-        has_lookahead: fetch for the next layer while this one computes; else each layer waits for
-            its own fetch, for comparison.
-        writes_host: a kernel writes completed blocks to the host; else the step returns them.
-        host_dtype: of the numbers on the host; `None` takes the model's.
-        graphs: that a GPU runs a step of concurrent commands as, each of its share of the layers;
-            see `begin_graph`.
-    """
-
-    plan: Plan
-    is_offloaded: bool = False
-    has_lookahead: bool = True
-    writes_host: bool = False
-    host_dtype: HostDtype | None = None
-    graphs: int = 1
-
-    @property
-    def is_concurrent(self) -> bool:
-        """Whether a layer chooses for a later one, which is done beside the layer's own work."""
-        layers = range(self.plan.config.layers)
-        return any(max(choices_made_at(self.plan, layer), default=0) > layer for layer in layers)
-
-    @property
-    def cuts(self) -> frozenset[int]:
-        """The layers that begin another graph."""
-        layers, graphs = self.plan.config.layers, self.graphs if self.is_concurrent else 1
-        return frozenset(layers * part // graphs for part in range(1, graphs)) - {0}
 
 
 @typing.no_type_check
@@ -101,113 +57,6 @@ class Stepped:
     choices: tuple[Int[Array, "B K J"], ...]
     counts: Int[Array, "L 3"]
     tails: tuple[Num[Array, "B K 2 W H"], ...]
-
-
-class _Blocks:
-    """While a step is traced: who stands where, and what is on its way. Everything is resident."""
-
-    def __init__(self, way: Way, state: KVState, now: Now) -> None:
-        self.way, self.now = way, now
-        self.choices: dict[int, Array] = {}
-        self.slots: dict[int, Array] = {}
-        self.receipts: list[Array] = []
-        self.tails: list[Array] = []
-        self.num_blocks = self._count_blocks(state.layers[0])
-
-    def _count_blocks(self, kv: LayerKV) -> int:
-        return kv.slots.shape[2]
-
-    def choose(self, layer: int, chosen: Mapping[int, Array]) -> list[int]:
-        """Take the choices made while `layer` begins; list the layers whose slots move now."""
-        self.choices |= chosen
-        return []
-
-    def bring(self, layer: int, kv: LayerKV, after: Array) -> tuple[LayerKV, Places]:
-        """Give the state of a layer and the places of its blocks once they are there."""
-        return kv, resident_places(
-            self.way.plan, self.choices.get(layer), self.now, self.num_blocks
-        )
-
-    def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
-        """Take the layer's state after its second half."""
-        return kv
-
-    def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
-        """Count blocks resident, fetched and evicted."""
-        read = jnp.sum(places.ids >= 0, dtype=jnp.int32)
-        return jnp.stack([read, jnp.int32(0), jnp.int32(0)])
-
-
-class _OffloadedBlocks(_Blocks):
-    """The same with records in host memory: choices become plans, plans become fetches."""
-
-    def __init__(
-        self, way: Way, state: KVState, now: Now, active: Array, records: Sequence[Array]
-    ) -> None:
-        super().__init__(way, state, now)
-        self._records = records
-        self.slots = {layer: kv.slots for layer, kv in enumerate(state.layers)}
-        self._scales = [kv.scales for kv in state.layers]
-        self._receipt = state.receipt
-        self._pools: dict[int, SlotPool] = {
-            layer: kv.pool for layer, kv in enumerate(state.layers) if kv.pool is not None
-        }
-        self._plans: dict[int, FetchPlan] = {}
-        self._is_fetched: set[int] = set()
-        self._completed = completed_rows(now.positions, active, way.plan.config.sparse.block_size)
-
-    def _count_blocks(self, kv: LayerKV) -> int:
-        assert kv.pool is not None  # a resident layer has none
-        return kv.pool.table.shape[2]
-
-    def _fetch(self, layer: int, after: Array | None) -> None:
-        self.slots[layer] = fetch_records(
-            self.slots[layer],
-            self._records[layer],
-            self._plans[layer],
-            self._receipt,
-            scales=self._scales[layer],
-            after=after,
-        )
-        self._is_fetched.add(layer)
-
-    def choose(self, layer: int, chosen: Mapping[int, Array]) -> list[int]:
-        self.choices |= chosen
-        ahead = []
-        for target, ids in chosen.items():
-            with jax.named_scope("plan_fetch"):
-                self._plans[target], self._pools[target] = plan_fetch(
-                    ids, self._pools[target], self.now.own, self.now.step
-                )
-            if target > layer and self.way.has_lookahead:
-                self._fetch(target, None)
-                ahead.append(target)
-        return ahead
-
-    def bring(self, layer: int, kv: LayerKV, after: Array) -> tuple[LayerKV, Places]:
-        if layer not in self._is_fetched:
-            self._fetch(layer, None if self.way.has_lookahead else after)
-        kv = dataclasses.replace(kv, slots=self.slots[layer], pool=self._pools[layer])
-        return kv, hold_lists(self._plans[layer])
-
-    def leave(self, layer: int, kv: LayerKV, places: Places) -> LayerKV:
-        records, done, source, tail = self._records[layer], self._completed, kv.slots, places.tail
-        dtype = self.way.host_dtype
-        if dtype is not None:
-            assert kv.scales is not None  # the host's records have them
-            packed, scales = pack_tail(
-                kv.slots, kv.scales, tail, done.rows, done.blocks, host_dtype=dtype
-            )
-            kv = dataclasses.replace(kv, scales=scales)
-            source, tail = packed[:, :, None], jnp.zeros_like(tail)
-        if self.way.writes_host:
-            self.receipts.append(store_completed(source, records, tail, done))
-        else:
-            self.tails.append(take_tail(source, tail))
-        return kv
-
-    def count(self, layer: int, places: Places) -> Int[Array, " 3"]:
-        return self._plans[layer].counts
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "tree", "plan"))
@@ -254,9 +103,9 @@ def run_step(
     """
     x, now = open_step(model, tokens, active, state.lengths, state.reach, state.step)
     cuts = way.cuts
-    blocks = _Blocks(way, state, now)
+    blocks = Blocks(way, state, now)
     if way.is_offloaded:
-        blocks = _OffloadedBlocks(way, state, now, active, records)
+        blocks = OffloadedBlocks(way, state, now, active, records)
     summaries = {layer: kv.summary for layer, kv in enumerate(state.layers)}
     probes: dict[int, Probe] = {}
     layers, counts = [], []

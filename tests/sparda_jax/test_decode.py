@@ -12,6 +12,7 @@ from flax import nnx
 
 from sparda_jax import decode, prefill
 from sparda_jax.chunk import make_plan
+from sparda_jax.decode_blocks import Way
 from sparda_jax.decode_layer import Now, choices_made_at, resident_places, scores_early
 from sparda_jax.generate import generate
 from sparda_jax.model import forward
@@ -204,7 +205,7 @@ def test_a_step_of_several_graphs_is_the_step_of_one(monkeypatch, graphs, cuts):
     assert taken[:STEPS] == taken[STEPS:] == list(range(taken[0], taken[0] + STEPS))
     assert len(begun) == len(cuts)
     plan = make_plan(model.config, "sparda", max_length=64)
-    assert decode.Way(plan=plan, graphs=graphs).cuts == cuts
+    assert Way(plan=plan, graphs=graphs).cuts == cuts
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
@@ -216,7 +217,7 @@ def test_without_a_choice_ahead_a_step_is_one_graph_of_commands_in_a_row(monkeyp
         make_plan(config, "sparda", max_length=64),
         make_plan(tiny_config(**NO_LOCAL), "sparda", max_length=64),  # scores when its turn comes
     ]
-    ways = [decode.Way(plan=plan, graphs=2) for plan in plans]
+    ways = [Way(plan=plan, graphs=2) for plan in plans]
     assert [way.is_concurrent for way in ways] == [False, True, False]
     assert [way.cuts for way in ways] == [frozenset(), {2}, frozenset()]
     key = "xla_gpu_command_buffer_scheduling_mode"
