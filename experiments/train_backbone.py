@@ -17,7 +17,6 @@ blocks by its own queries (InfLLM-V2), under `stop_gradient`, and attends under 
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +31,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from experiments.alignment import alignment_loss, choose_queries
 from experiments.backbone_data import BackboneBatches, Mixture, PrefetchBatches
+from experiments.backbone_state import flatten, load_state, save_arrays, save_state
 from experiments.corpus import Document, cut_documents, load_packed
 from sparda_jax.chunk import AttentionPath
 from sparda_jax.config import ModelConfig
-from sparda_jax.errors import CheckpointError
 from sparda_jax.evaluation.needles import make_needle_prompt, score_answers
 from sparda_jax.layers import ForecastParam
 from sparda_jax.model import SpardaLM, forward
@@ -44,7 +43,6 @@ from sparda_jax.shipped import load_shipped
 from sparda_jax.tokenizer import ByteTokenizer
 from sparda_jax.tracking import JsonlTracker
 
-FILE_BYTES = 15 << 20
 FIT_FROM, FIT_TO = 5, 25  # steps between which a phase is timed
 BACKBONE_MIXTURE = Mixture(new_value_weight=0.2)
 RETRIEVAL_MIXTURE = Mixture(
@@ -235,7 +233,7 @@ def train(config: Config, model_config: ModelConfig | None = None) -> dict[str, 
             save_state(config.out, state)
     finally:
         tracker.finish()
-    _save_arrays(config.out / "weights.npz", flatten(state["params"], np.dtype(jnp.bfloat16)))
+    save_arrays(config.out / "weights.npz", flatten(state["params"], np.dtype(jnp.bfloat16)))
     summary["seconds"] = time.monotonic() - started
     (config.out / "summary.json").write_text(json.dumps(_plain(summary), indent=1))
     return summary
@@ -444,76 +442,6 @@ def evaluate(
         bits.append(float(jnp.mean(losses)) / math.log(2.0))
     results["bits_per_byte"] = float(np.mean(bits))
     return results
-
-
-def flatten(tree: Any, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Flatten nested dictionaries to names joined by dots; bf16 is kept as its bits, uint16."""
-    flat = {}
-    for path, value in jax.tree.flatten_with_path(tree)[0]:
-        name = ".".join(str(getattr(key, "key", key)) for key in path)
-        array = np.asarray(value if dtype is None else value.astype(dtype))
-        flat[name] = array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
-    return flat
-
-
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Save phase, step, masters and moments, atomically, in files below 16 MB."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((state["params"], state["moments"]))]
-    groups: list[list[int]] = [[]]
-    size = 0
-    for i, leaf in enumerate(leaves):
-        if groups[-1] and size + leaf.nbytes > FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(i)
-        size += leaf.nbytes
-    target, temporary = folder / "state", folder / "state.new"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for number, group in enumerate(groups):
-        _save_arrays(temporary / f"{number}.npz", {str(i): leaves[i] for i in group})
-    header = {"phase": state["phase"], "step": state["step"], "leaves": len(leaves)}
-    (temporary / "header.json").write_text(json.dumps(header | {"files": len(groups)}))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-
-
-def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Load what `save_state` saved; a folder without state gives `state` back.
-
-    Raises:
-        CheckpointError: the state is of another model, or not whole.
-    """
-    header_path = folder / "state" / "header.json"
-    if not header_path.is_file():
-        return state
-    header = json.loads(header_path.read_text())
-    leaves: dict[int, np.ndarray] = {}
-    for number in range(header["files"]):
-        with np.load(folder / "state" / f"{number}.npz") as arrays:
-            leaves |= {int(name): arrays[name] for name in arrays.files}
-    structure = jax.tree.structure(state["params"])
-    mine = [leaf.shape for leaf in jax.tree.leaves(state["params"])]
-    found = [leaves[i].shape for i in range(min(len(mine), len(leaves)))]
-    if mine != found or len(leaves) != header["leaves"]:
-        wrong = [pair for pair in zip(found, mine, strict=False) if pair[0] != pair[1]][:1]
-        raise CheckpointError(
-            f"{folder}: {len(leaves)} of {header['leaves']} arrays; first shape that differs "
-            f"(saved, wanted): {wrong}; start in another folder or restore the files"
-        )
-    params = jax.tree.unflatten(structure, [leaves[i] for i in range(len(mine))])
-    rest = [leaves[i] for i in range(len(mine), len(leaves))]
-    return {
-        "phase": header["phase"],
-        "step": header["step"],
-        "params": params,
-        "moments": rest or None,
-    }
-
-
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write named arrays to an `.npz` file."""
-    np.savez(path, **arrays)
 
 
 def _global_step(config: Config, state: Mapping[str, Any]) -> int:

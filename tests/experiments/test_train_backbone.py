@@ -124,10 +124,3 @@ def test_a_state_of_another_model_is_refused_with_both_shapes(corpus, tmp_path):
     other = dataclasses.replace(one, phases=(*one.phases, phase()))
     with pytest.raises(CheckpointError, match=r"\(259, 32\), \(259, 16\)"):
         backbone.train(other, tiny_config(vocab_size=259, width=16))
-
-
-def test_masters_are_cast_and_saved_as_bits(tmp_path):
-    tree = {"a": {"b": jnp.array([1.0, 1.0 + 2**-10])}}
-    assert backbone.flatten(tree)["a.b"].dtype == np.float32
-    bits = backbone.flatten(tree, np.dtype(jnp.bfloat16))["a.b"]
-    assert bits.tolist() == [0x3F80, 0x3F80]
