@@ -7,7 +7,8 @@
 
 The shipped model reads documents that it never saw, token by token after a long beginning. What it
 chooses is recorded once, and pools of several sizes then fetch what they lack. A block is new if it
-is in no slot; the pools begin empty, and the steps that fill them are left out.
+is in no slot; the pools begin empty, and the steps that fill them are left out. Beside what such
+pools miss stands the fewest that any pool of the size can miss.
 
 An 8B model with random weights follows such a trace by its counts: in each step, layer, row and
 head as many of its blocks are new as were in the trace. They come in bursts and differ by layer, as
@@ -98,6 +99,47 @@ def replay(
     return jax.lax.scan(advance, empty, (choices, own, number))[1]
 
 
+def fewest_fetches(
+    choices: Int[np.ndarray, "steps pools J"],
+    own: Int[np.ndarray, " steps"],
+    *,
+    slots: int,
+    num_blocks: int,
+) -> Int[np.ndarray, "steps pools"]:
+    """Count what pools fetch that know the future: a slot is taken from whoever is read last again.
+
+    No order of eviction fetches less in all (Belady's rule). Pools begin empty.
+
+    Args:
+        choices: block ids; negative where there is none.
+        own: the block being filled, which is never fetched.
+        slots: R, at least J.
+        num_blocks: M.
+    """
+    steps, pools, _ = choices.shape
+    pool = np.arange(pools)[:, None]
+    place = np.where(choices >= 0, choices, num_blocks)
+    next_read = np.full((steps + 1, pools, num_blocks + 1), steps, np.int16)
+    for step in range(steps - 1, -1, -1):  # `next_read[t]`: the first read at t or later
+        next_read[step] = next_read[step + 1]
+        next_read[step, pool, place[step]] = step
+    held = np.zeros((pools, num_blocks + 1), bool)
+    fetched = np.zeros((steps, pools), np.int64)
+    for step in range(steps):
+        is_read = np.zeros_like(held)
+        is_read[pool, place[step]] = True
+        is_read[:, num_blocks] = False
+        missing = is_read & ~held
+        fetched[step] = missing.sum(axis=1) - missing[:, own[step]]
+        held |= is_read
+        may_go = np.where(held & ~is_read, next_read[step + 1], -1)
+        last = np.argsort(-may_go, axis=1, kind="stable")
+        rank = np.empty_like(last)
+        np.put_along_axis(rank, last, np.arange(num_blocks + 1)[None, :], axis=1)
+        held &= (rank >= (held.sum(axis=1) - slots)[:, None]) | (may_go < 0)
+    return fetched
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """What the shipped model chose on documents that it never saw.
@@ -136,6 +178,23 @@ class Recorded:
         warm = steps // 4
         of_pools = np.asarray(each)[warm:].reshape(-1, layers, batch, kv_heads)
         return np.asarray(counts)[warm:, 1], of_pools
+
+    def fewest(self, mode: Mode, slots: int) -> float:
+        """Give the mean new blocks of warm pools that know the future.
+
+        Args:
+            mode: who chose.
+            slots: R.
+        """
+        choices = self.choices[mode]
+        steps = choices.shape[0]
+        found = fewest_fetches(
+            choices.reshape(steps, -1, choices.shape[-1]),
+            self.own,
+            slots=slots,
+            num_blocks=self.model.config.sparse.blocks(self.beginning + steps),
+        )
+        return float(found[steps // 4 :].mean())
 
 
 def record_shipped(*, is_tiny: bool = False) -> Recorded:
@@ -186,6 +245,7 @@ def trace_rows(*, is_tiny: bool = False) -> Iterator[dict[str, Any]]:
                 "kv_dtype": config.dtype,
                 "misses": float(new.mean()),
                 "p99_misses": float(np.percentile(new, 99)),
+                "fewest_misses": recorded.fewest(mode, slots),
                 "fetched_bytes": float(new.mean()) * pools * record_bytes(config),
                 "steps": len(new),
                 "status": "ok",

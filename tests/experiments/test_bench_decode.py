@@ -3,6 +3,7 @@
 """The benchmark of decoding at a size that says nothing: rows, drifts, and cells that fail."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -44,7 +45,14 @@ from experiments.decode_timing import (
     multiply_all,
     read_bytes,
 )
-from experiments.decode_trace import SLOTS, load_trace, replay, spread, trace_rows
+from experiments.decode_trace import (
+    SLOTS,
+    fewest_fetches,
+    load_trace,
+    replay,
+    spread,
+    trace_rows,
+)
 from sparda_jax.decode import Decoder
 from sparda_jax.kv.host import HostKV
 from sparda_jax.selectors import resolve
@@ -311,6 +319,33 @@ def test_a_replay_counts_each_pool_by_itself():
     np.testing.assert_array_equal(np.sum(each, axis=(1, 2)), counts[:, 1])
 
 
+def test_no_order_of_eviction_fetches_less_than_one_that_knows_the_future():
+    rng = np.random.default_rng(6)
+    steps, blocks, slots = 7, 6, 3
+    choices = np.sort(np.stack([rng.permutation(blocks)[:2] for _ in range(steps)]), axis=1)
+    choices[4, 1] = -1
+    own = np.full(steps, 5)
+
+    def fewest(step, held):  # tries every set of blocks that may stay
+        if step == steps:
+            return 0
+        read = {int(block) for block in choices[step] if block >= 0}
+        new = len(read - held - {5})
+        rest = sorted((held | read) - read)
+        keep = min(slots - len(read), len(rest))
+        sets = itertools.combinations(rest, keep)
+        return new + min(fewest(step + 1, read | set(stay)) for stay in sets)
+
+    both = np.stack([choices, choices[::-1]], axis=1)
+    found = fewest_fetches(both, own, slots=slots, num_blocks=blocks)
+    assert found.shape == (steps, 2)
+    assert found[:, 0].sum() == fewest(0, set())
+    counts, _ = replay(both[:, :1, None], jnp.full((steps, 1), 5), slots=slots, num_blocks=blocks)
+    assert fewest(0, set()) <= int(counts[:, 1].sum())
+    ample = fewest_fetches(both, own, slots=blocks, num_blocks=blocks)
+    assert ample[:, 0].sum() == len(set(choices.ravel()) - {-1, 5})
+
+
 def test_a_trace_is_dealt_by_depth_and_in_stretches():
     step, layer, document, head = np.ogrid[:50, :4, :3, :2]
     fetched = 1000 * step + 100 * layer + 10 * document + head
@@ -378,6 +413,7 @@ def test_more_slots_never_miss_more_on_the_shipped_model(rows_of_trace):
         misses = [row["misses"] for row in mine]
         assert misses == sorted(misses, reverse=True)
         assert 0.0 <= misses[-1] <= misses[0] < 23
+        assert all(row["fewest_misses"] <= row["misses"] for row in mine)
 
 
 # --- profiles -------------------------------------------------------------------------------------
