@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparda_jax.errors import CheckpointError
+from sparda_jax.weights.saving import swap_folder
 
 FILE_BYTES = 15 << 20
 _NEWEST, _OLDER = "state", "state.old"
@@ -57,10 +58,9 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         save_arrays(temporary / f"{number}.npz", {str(i): leaves[i] for i in group})
     header = {"phase": state["phase"], "step": state["step"], "leaves": len(leaves)}
     (temporary / "header.json").write_text(json.dumps(header | {"files": len(groups)}))
-    if target.exists():
+    if target.exists():  # else the older one, left by a run that was killed, is all there is
         shutil.rmtree(older, ignore_errors=True)
-        target.rename(older)
-    temporary.rename(target)
+    swap_folder(temporary, target, older)
     shutil.rmtree(older, ignore_errors=True)
 
 

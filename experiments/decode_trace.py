@@ -8,7 +8,8 @@
 The shipped model reads documents that it never saw, token by token after a long beginning. What it
 chooses is recorded once, and pools of several sizes then fetch what they lack. A block is new if it
 is in no slot; the pools begin empty, and the steps that fill them are left out. Beside what such
-pools miss stands the fewest that any pool of the size can miss.
+pools miss stands what pools of the size miss that know the future (`fewest_misses`): over the whole
+run, its beginning included, no order of eviction misses less.
 
 An 8B model with random weights follows such a trace by its counts: in each step, layer, row and
 head as many of its blocks are new as were in the trace. They come in bursts and differ by layer, as

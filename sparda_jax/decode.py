@@ -26,12 +26,7 @@ from sparda_jax.chunk import Plan
 from sparda_jax.decode_blocks import Blocks, OffloadedBlocks, Way
 from sparda_jax.decode_layer import Begun, Now, begin_layer, finish_layer, open_step
 from sparda_jax.kv.host import HostKV
-from sparda_jax.kv.overlap import (
-    begin_graph,
-    compiler_options,
-    fetch_first,
-    graphs_of_step,
-)
+from sparda_jax.kv.overlap import begin_graph, compiler_options, fetch_first, graphs_of_step
 from sparda_jax.kv.plan import Places
 from sparda_jax.kv.state import KVState, LayerKV
 from sparda_jax.model import DecoderLayer, SpardaLM

@@ -81,18 +81,24 @@ def save_pretrained(
         sparda_torch.save_forecast_heads(made / HEADS, heads)
         for path in copied:
             shutil.copyfile(path, made / path.name)
-        _swap(made, folder, pathlib.Path(scratch) / "old")
+        swap_folder(made, folder, pathlib.Path(scratch) / "old")
 
 
-def _swap(made: pathlib.Path, folder: pathlib.Path, old: pathlib.Path) -> None:
-    """Put the new folder in its place; an old one goes aside first, and comes back on failure."""
+def swap_folder(made: pathlib.Path, folder: pathlib.Path, old: pathlib.Path) -> None:
+    """Put a new folder in its place; one that is there goes aside first, and comes back on failure.
+
+    Args:
+        made: the new folder, whole.
+        folder: its place.
+        old: where what was there goes; does not exist.
+    """
     if not folder.exists():
         made.rename(folder)
         return
     folder.rename(old)
     try:
         made.rename(folder)
-    except OSError:
+    except BaseException:  # Ctrl-C too: whoever cleans up would delete the old one
         old.rename(folder)
         raise
 
